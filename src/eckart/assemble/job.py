@@ -1,0 +1,21 @@
+"""What an output is made from, beside the numbers: the request, and when it began."""
+
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from eckart.certificate import Options
+from eckart.checkpoint.source import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run: the source, the staged folder it fills, and the options as the user gave them."""
+
+    source: Checkpoint
+    staged: Path
+    seed: int
+    options: Options
+    began: float = field(default_factory=time.monotonic)
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))

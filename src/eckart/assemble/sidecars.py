@@ -1,0 +1,50 @@
+"""The files of a checkpoint that are not weights: copied, and config.json told of the change."""
+
+import json
+from pathlib import Path
+
+from eckart.assemble.job import Job
+from eckart.checkpoint.documents import read_json
+from eckart.checkpoint.writer import CERTIFICATE, copy_file, write_file
+
+OTHER_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+)
+"""Files that would carry the dense weights into the output: not copied."""
+
+
+def sidecars(folder: Path) -> list[Path]:
+    """Returns the files of a checkpoint that are neither weights nor eckart's, sorted, relative."""
+    found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return sorted(
+        path
+        for path in found
+        if path.suffix not in OTHER_WEIGHTS
+        and not any(part.startswith(".") for part in path.parts)
+        and str(path) not in (CERTIFICATE, "model.safetensors.index.json")
+    )
+
+
+def write_sidecars(job: Job, changes: dict[str, object]) -> None:
+    """Copies the other files; config.json gains the given keys, and loses those that are None."""
+    for path in sidecars(job.source.folder):
+        if str(path) != "config.json":
+            copy_file(job.source.folder / path, job.staged / path)
+    config = job.source.folder / "config.json"
+    if config.exists():
+        document = {**read_json(config), **changes}
+        kept = {
+            key: value for key, value in document.items() if value is not None or key not in changes
+        }
+        write_file(
+            job.staged / "config.json",
+            json.dumps(kept, indent=2, ensure_ascii=False).encode() + b"\n",
+        )

@@ -1,0 +1,205 @@
+"""What is claimed of an output: `eckart.json`, as typed and frozen documents.
+
+Knows the schema and its canonical spelling; must not know how the numbers were found.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from eckart.checkpoint.documents import canonical_json, parse_json
+from eckart.checkpoint.paths import read_bytes
+from eckart.checkpoint.writer import CERTIFICATE
+from eckart.errors import CheckpointError, PromiseError
+
+SCHEMA = "eckart/1"
+CERTIFICATE_BYTES = 2**28
+
+FactorForm = Literal["ba", "pivoted"]
+Form = Literal["ba", "pivoted", "dense"]
+Options = dict[str, str | int | float | bool | list[str] | None]
+Pair = tuple[int, int]  # before, after
+
+
+class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A frozen JSON object that accepts no unknown field."""
+
+
+class FileRecord(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One file of the output, other than the certificate itself."""
+
+    bytes: int
+    sha256: str
+
+
+class SourceRecord(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the output was made from: the folder's own name, and a digest of its weight files."""
+
+    name: str
+    fingerprint: str
+
+
+class OutputError(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Wx + b against the factors' on seeded Gaussian inputs, in float64."""
+
+    max: float
+    relative: float
+
+
+class MatrixRecord(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One factored matrix, measured from the written file."""
+
+    name: str
+    shape: Pair
+    dtype: str
+    orientation: Literal["out_in"]
+    rank: int
+    form: Form
+    parameters: Pair
+    bytes: Pair
+    relative_error: float
+    excess_estimate: float
+    optimum: float | None  # the Eckart–Young error at this rank, if all values are known
+    output_error: OutputError
+    metric: Literal["frobenius"]
+    method: str
+    tail: list[tuple[int, float]]  # (rank, remaining share of the energy)
+
+
+class Row(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A tensor that was not factored, and why."""
+
+    name: str
+    reason: str
+
+
+class LostRow(Row, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A tensor that the output does not carry, with its share of the energy."""
+
+    energy_share: float
+
+
+class FactoredEntry(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a loader must know of a factored matrix; also in config.json."""
+
+    rank: int
+    form: FactorForm
+    shape: Pair
+    orientation: Literal["out_in"]
+
+
+class Totals(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Honest counting, before and after."""
+
+    targeted_parameters: Pair  # the matrices that the policy could choose among
+    model_parameters: Pair
+    tensor_bytes: Pair
+    keep: float  # targeted, after / before
+
+
+class Loss(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Loss increase in nats per token; null where nothing was measured."""
+
+    predicted: float | None = None
+    measured: float | None = None
+    tokens: int | None = None
+
+
+class Run(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What may differ between two equal runs."""
+
+    seconds: float
+    started: str
+    workers: int
+    source_files: dict[str, int]  # name → bytes
+
+
+class Certificate(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that is claimed of an output folder. `digest` covers all the rest."""
+
+    schema: Literal["eckart/1"] = SCHEMA
+    kind: Literal["factored", "dense"]
+    digest: str = ""
+    source: SourceRecord
+    options: Options
+    versions: dict[str, str]
+    files: dict[str, FileRecord]
+    matrices: list[MatrixRecord]
+    copied: list[Row]
+    refitted: list[Row] = []
+    stored_whole: list[Row] = []
+    lost: list[LostRow] = []
+    factored: dict[str, FactoredEntry]
+    loss: Loss = Loss()
+    totals: Totals
+    run: Run
+
+    @property
+    def seed(self) -> int:
+        """The seed that the output's random inputs were drawn with."""
+        return int(str(self.options["seed"]))
+
+    def document(self) -> dict[str, object]:
+        """Returns the JSON document with its digest filled in."""
+        document = msgspec.to_builtins(self)
+        document["digest"] = _digest(document)
+        return document
+
+    def encode(self) -> bytes:
+        """Returns the file's contents: the canonical spelling, so any changed byte shows."""
+        return canonical_json(self.document()) + b"\n"
+
+
+class Inspection(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One matrix as `inspect` saw it."""
+
+    name: str
+    shape: Pair
+    dtype: str
+    numerical_rank: int
+    signal_rank: int | None  # half precision only
+    effective_rank: float
+    rank_90: int
+    rank_99: int
+    break_even: int
+    verdict: str
+
+
+class InspectionReport(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The envelope of `inspect --json`."""
+
+    schema: Literal["eckart/1"] = SCHEMA
+    kind: Literal["inspection"] = "inspection"
+    source: SourceRecord
+    versions: dict[str, str]
+    matrices: list[Inspection]
+    copied: list[Row]
+
+
+def read_certificate(folder: Path) -> Certificate:
+    """Returns the certificate of an output folder.
+
+    CheckpointError if there is none (eckart did not write this folder), PromiseError if it is
+    there but not as it was written.
+    """
+    path = folder / CERTIFICATE
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder: give the output of an eckart command.")
+    if not path.exists():
+        raise CheckpointError(f"there is no {CERTIFICATE} in {folder}: eckart did not write it.")
+    try:
+        content = read_bytes(path, CERTIFICATE_BYTES)
+        document = parse_json(content, str(path))
+        certificate = msgspec.convert(document, Certificate)
+    except (CheckpointError, msgspec.ValidationError) as error:
+        raise PromiseError(f"{path} is damaged: {error}") from None
+    if certificate.encode() != content or certificate.digest != _digest(document):
+        raise PromiseError(f"{path} was changed after it was written: its digest does not hold.")
+    return certificate
+
+
+def _digest(document: dict[str, object]) -> str:
+    rest = {key: value for key, value in document.items() if key != "digest"}
+    return hashlib.sha256(canonical_json(rest)).hexdigest()

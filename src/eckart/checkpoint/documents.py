@@ -1,0 +1,56 @@
+"""JSON, read strictly and written canonically.
+
+Python's own reader keeps the last of two equal keys and accepts NaN; a checkpoint that says two
+things is refused here instead.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from eckart.checkpoint.paths import read_bytes
+from eckart.errors import CheckpointError
+
+JSON_BYTES = 2**28
+"""Larger than any index or config in use; a cap so that a hostile file cannot fill memory."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a regular file, or raises CheckpointError naming it."""
+    return parse_json(read_bytes(path, JSON_BYTES), str(path))
+
+
+def parse_json(text: bytes, name: str) -> dict[str, Any]:
+    """Returns the JSON object in `text`; duplicate keys, NaN and non-objects are errors."""
+    try:
+        document = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
+        )
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError too
+        raise CheckpointError(f"{name} is not valid JSON: {error}. Download it again.") from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{name} holds a JSON {type(document).__name__}, not an object.")
+    return document
+
+
+def canonical_json(document: object) -> bytes:
+    """Returns the one spelling of a JSON document: sorted keys, no spaces, ASCII.
+
+    >>> canonical_json({"b": 1, "a": [0.5]})
+    b'{"a":[0.5],"b":1}'
+    """
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode("ascii")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands there twice")
+        found[key] = value
+    return found
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a JSON number")

@@ -1,0 +1,1 @@
+"""The embedded models, their texts, and the story that `eckart demo` tells of them."""

@@ -1,0 +1,182 @@
+"""What `eckart demo` tells: the worked example, then the same on a whole checkpoint.
+
+Every number is measured as it is printed.
+"""
+
+import importlib.util
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import eckart
+from eckart import api
+from eckart.certificate import Certificate
+from eckart.checkpoint.writer import copy_file, write_file
+from eckart.errors import PromiseError, UsageError
+
+KEEPS = (0.8, 0.6)
+SHOWN = "model.layers.2."
+"""The layer whose rows are printed; all are measured."""
+
+
+def embedded(*parts: str) -> Path:
+    """Returns the path of an embedded model or text."""
+    return Path(str(files("eckart.demonstration"))).joinpath(*parts)
+
+
+def tell(folder: Path, console: Console, *, force: bool = False) -> None:
+    """Runs and prints the whole story; its outputs stay in `folder`."""
+    began = time.monotonic()
+    outputs = [folder / name for keep in KEEPS for name in (f"keep-{keep}", f"keep-{keep}-dense")]
+    taken = [path for path in [folder / "base", *outputs] if path.exists()]
+    if taken and not force:
+        raise UsageError(f"{taken[0]} exists already: choose another -o, or add --force.")
+    worked_example(console)
+    base, heldout = _unpack(folder)
+    _inspect(base, console)
+    factored = [_compress(base, folder, keep, console, force) for keep in KEEPS]
+    _perplexities(base, heldout, factored, console, force)
+    _next(folder, base, console, time.monotonic() - began)
+
+
+def worked_example(console: Console) -> None:
+    """Ten lines of PyTorch: a rank-2 matrix becomes 40 numbers instead of 100."""
+    _heading(console, "The worked example: W (10×10) = L (10×2) · R (2×10)")
+    W = eckart.random_low_rank(10, 10, 2)
+    svd = eckart.exact_svd(W)
+    r = eckart.matrix_rank(W)
+    assert isinstance(r, int)
+    values = ", ".join(f"{value:.3g}" for value in svd.s[: r + 2].tolist())
+    console.print(f"  numerical rank of W                {r}")
+    console.print(f"  singular values                    {values}, …")
+    factors = eckart.factorize(W, rank=r, balanced=False)
+    g = torch.Generator().manual_seed(1)
+    x, b = torch.randn(10, generator=g), torch.randn(10, generator=g)
+    y, factored = W @ x + b, factors.apply(x) + b
+    console.print(f"  B = U_r S_r, A = V_rᵀ              {_size(factors.B)} and {_size(factors.A)}")
+    console.print(f"  largest |(Wx + b) − (B(Ax) + b)|   {float((y - factored).abs().max()):.1e}")
+    console.print(f"  parameters                         {W.numel()} → {factors.parameters}")
+
+
+def _unpack(folder: Path) -> tuple[Path, Path]:
+    base, heldout = folder / "base", folder / "base-heldout.txt"
+    for source in sorted(embedded("models", "base").iterdir()):
+        copy_file(source, base / source.name)
+    if not heldout.exists():
+        write_file(heldout, embedded("texts", "base-heldout.txt").read_bytes())
+    return base, heldout
+
+
+def _inspect(base: Path, console: Console) -> None:
+    _heading(console, f"eckart inspect {base}")
+    report = api.inspect(base)
+    table = _table("matrix", "shape", "rank", "99 %", "pays to", "verdict")
+    for row in report.matrices:
+        if row.name.startswith(SHOWN):
+            shape = f"{row.shape[0]}×{row.shape[1]}"
+            cells = (row.numerical_rank, row.rank_99, row.break_even)
+            table.add_row(_short(row.name), shape, *map(str, cells), row.verdict)
+    console.print(table)
+    pays = sum(row.verdict.startswith("factor") for row in report.matrices)
+    console.print(
+        f"  {len(report.matrices)} matrices (those of layer 2 shown), trained and of full rank: "
+        f"for {pays} of them factoring is nearly free, so any budget will cost something."
+    )
+
+
+def _compress(
+    base: Path, folder: Path, keep: float, console: Console, force: bool
+) -> tuple[Path, Certificate]:
+    out = folder / f"keep-{keep}"
+    _heading(console, f"eckart compress {base} -o {out} --keep {keep}")
+    certificate = api.compress(base, out, keep=keep, force=force)
+    errors = [row.relative_error for row in certificate.matrices]
+    targeted, model, size = (
+        certificate.totals.targeted_parameters,
+        certificate.totals.model_parameters,
+        certificate.totals.tensor_bytes,
+    )
+    dense = sum(row.reason.startswith("dense") for row in certificate.copied)
+    console.print(f"  {len(errors)} matrices factored, {dense} better left dense")
+    console.print(f"  relative error per matrix          {min(errors):.3f} … {max(errors):.3f}")
+    console.print(f"  parameters of the matrices         {_arrow(targeted)}")
+    console.print(f"  parameters of the whole model      {_arrow(model)}")
+    console.print(f"  bytes of all tensors               {_arrow(size)}")
+    checks = api.verify(out, base)
+    if failed := [check for check in checks if not check.held]:
+        raise PromiseError(f"{out} does not hold its promise: {failed[0].detail}")
+    console.print(
+        f"  eckart verify --against {base}: {len(checks)} checks hold, "
+        "recomputed from the written files"
+    )
+    return out, certificate
+
+
+def _perplexities(
+    base: Path,
+    heldout: Path,
+    factored: list[tuple[Path, Certificate]],
+    console: Console,
+    force: bool,
+) -> None:
+    """What the model has become, honestly: multiplied out, and read by transformers."""
+    dense = [out.with_name(f"{out.name}-dense") for out, _ in factored]
+    for (out, _), target in zip(factored, dense, strict=True):
+        api.densify(out, target, force=force)
+    if importlib.util.find_spec("transformers") is None:
+        console.print("\n  (pip install 'eckart[hf]' and this prints what the model has become)")
+        return
+    from eckart.hf import perplexity
+
+    _heading(console, f"Is it still the same model? Perplexity per byte on {heldout}")
+    before = perplexity(base, heldout)
+    console.print(f"  base                               {before.value:8.3f}")
+    for (_, certificate), target in zip(factored, dense, strict=True):
+        after = perplexity(target, heldout)
+        console.print(
+            f"  keep {certificate.totals.keep:.3f}, multiplied out         {after.value:8.3f}"
+            f"   (+{after.nats - before.nats:.3f} nats per byte)"
+        )
+    console.print(
+        "  Plain SVD hurts: the certificate proves the matrices, not the model. A trained weight\n"
+        "  has no small tail to cut, and the error that counts is that of its outputs."
+    )
+
+
+def _next(folder: Path, base: Path, console: Console, seconds: float) -> None:
+    _heading(console, f"Done in {seconds:.0f} s; everything is in {folder}. Try next")
+    console.print(f"  eckart inspect {base}")
+    console.print(f"  eckart compress {base} -o {folder / 'rank-16'} --rank 16 --dry-run")
+    console.print(f"  eckart verify {folder / 'keep-0.6'} --against {base}")
+    console.print("  eckart compress YOUR-CHECKPOINT -o OUT --error 0.1")
+
+
+def _heading(console: Console, text: str) -> None:
+    console.print(f"\n{text}", style="bold", markup=False, soft_wrap=True)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 1))
+    for column in columns:
+        left = column in ("matrix", "shape", "verdict")
+        table.add_column(
+            f" {column}" if column == "matrix" else column, justify="left" if left else "right"
+        )
+    return table
+
+
+def _short(name: str) -> str:
+    return " " + name.removeprefix(SHOWN).removesuffix(".weight")
+
+
+def _size(tensor: torch.Tensor) -> str:
+    return "×".join(map(str, tensor.shape))
+
+
+def _arrow(pair: tuple[int, int]) -> str:
+    before, after = pair
+    return f"{before:,} → {after:,} ({100 * after / before:.1f} %)"

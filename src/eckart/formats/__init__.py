@@ -1,0 +1,1 @@
+"""How factors are named on disk. Each format maps a matrix to tensors; none touches a file."""

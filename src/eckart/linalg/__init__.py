@@ -1,0 +1,1 @@
+"""The mathematics: tensors in, tensors out. Knows no files, no names on disk, no screens."""

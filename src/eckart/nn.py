@@ -1,0 +1,177 @@
+"""Factored layers that run, train and save in torch.
+
+Knows modules; must not know files. The names in a state dict are those of format 1.
+"""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from eckart.errors import InputError, RankError
+from eckart.linalg.factors import Factors, PivotedFactors, factorize, pivot
+
+
+class LowRankLinear(nn.Module):
+    """y = B(Ax) + b: a linear layer of rank r, two thin layers in a row.
+
+    State dict: `A.weight` (r×n), `B.weight` (m×r), `B.bias` (m). Both factors train.
+
+    >>> layer = LowRankLinear.from_linear(nn.Linear(64, 32), rank=4)
+    >>> layer(torch.ones(2, 64)).shape, sorted(layer.state_dict())
+    (torch.Size([2, 32]), ['A.weight', 'B.bias', 'B.weight'])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_rank(rank, out_features, in_features)
+        self.A = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.B = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: nn.Linear,
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        error: float | None = None,
+    ) -> Self:
+        """Returns the best layer of its rank in place of `layer`: same dtype, device and bias."""
+        _check_linear(layer)
+        factors = factorize(layer.weight, rank=rank, energy=energy, error=error, name="the layer")
+        return cls.from_factors(factors, layer.bias)
+
+    @classmethod
+    def from_factors(cls, factors: Factors, bias: Tensor | None = None) -> Self:
+        """Returns a layer that holds these factors and a copy of the bias."""
+        (m, n), B = factors.shape, factors.B
+        new = cls(n, m, factors.rank, bias=bias is not None, device=B.device, dtype=B.dtype)
+        with torch.no_grad():
+            new.A.weight.copy_(factors.A)
+            new.B.weight.copy_(factors.B)
+            if bias is not None:
+                new.B.bias.copy_(bias)
+        return new
+
+    @property
+    def rank(self) -> int:
+        """r, the width between A and B."""
+        return self.A.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns B(Ax) + b for x of shape (…, n)."""
+        return self.B(self.A(x))
+
+    def factors(self) -> Factors:
+        """Returns the factors, sharing memory with the layer."""
+        return Factors(self.B.weight.detach(), self.A.weight.detach())
+
+    def extra_repr(self) -> str:
+        """in, out and rank, as `nn.Linear` prints its sizes."""
+        return f"{self.A.in_features} → {self.B.out_features}, rank={self.rank}"
+
+
+class PivotedLinear(nn.Module):
+    """y[perm] = [h; Kh] + b[perm] with h = Ax: rank r in r(m + n − r) numbers.
+
+    State dict: `A.weight` (r×n), `K.weight` ((m−r)×r), `perm` (int64, m), `bias` (m). A and K
+    train; the permutation is fixed.
+
+    >>> layer = PivotedLinear.from_linear(nn.Linear(64, 32, bias=False), rank=4)
+    >>> layer(torch.ones(2, 64)).shape, sorted(layer.state_dict())
+    (torch.Size([2, 32]), ['A.weight', 'K.weight', 'perm'])
+    """
+
+    perm: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_rank(rank, out_features, in_features)
+        self.A = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.K = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
+        self.register_buffer("perm", torch.arange(out_features, device=device))
+        zeros = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: nn.Linear,
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        error: float | None = None,
+    ) -> Self:
+        """Returns the best layer of its rank in place of `layer`: same dtype, device and bias."""
+        _check_linear(layer)
+        W = layer.weight
+        wide = W.detach().to(torch.promote_types(W.dtype, torch.float32))
+        factors = factorize(wide, rank=rank, energy=energy, error=error, name="the layer")
+        return cls.from_factors(pivot(factors).to(W.dtype), layer.bias)
+
+    @classmethod
+    def from_factors(cls, factors: PivotedFactors, bias: Tensor | None = None) -> Self:
+        """Returns a layer that holds these factors and a copy of the bias."""
+        (m, n), A = factors.shape, factors.A
+        new = cls(n, m, factors.rank, bias=bias is not None, device=A.device, dtype=A.dtype)
+        with torch.no_grad():
+            new.A.weight.copy_(factors.A)
+            new.K.weight.copy_(factors.K)
+            new.perm.copy_(factors.perm)
+            if new.bias is not None and bias is not None:
+                new.bias.copy_(bias)
+        return new
+
+    @property
+    def rank(self) -> int:
+        """r, the number of pivot rows."""
+        return self.A.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns W'x + b for x of shape (…, n)."""
+        h = self.A(x)
+        y = torch.cat([h, self.K(h)], dim=-1)[..., self.perm.argsort()]
+        return y if self.bias is None else y + self.bias
+
+    def factors(self) -> PivotedFactors:
+        """Returns the factors, sharing memory with the layer."""
+        return PivotedFactors(self.A.weight.detach(), self.K.weight.detach(), self.perm)
+
+    def extra_repr(self) -> str:
+        """in, out and rank, as `nn.Linear` prints its sizes."""
+        return f"{self.A.in_features} → {len(self.perm)}, rank={self.rank}"
+
+
+def _check_rank(rank: int, m: int, n: int) -> None:
+    if not 1 <= rank <= min(m, n):
+        raise RankError(
+            f"rank {rank} is out of range for a layer {n} → {m}: choose 1 to {min(m, n)}."
+        )
+
+
+def _check_linear(layer: nn.Module) -> None:
+    if not isinstance(layer, nn.Linear):
+        raise InputError(
+            f"from_linear takes an nn.Linear, not a {type(layer).__name__}: factor its weight with "
+            "eckart.factorize and use from_factors."
+        )
