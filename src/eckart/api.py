@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from eckart.allocate import POLICIES, Choice, Form, RankPolicy, cost
 from eckart.assemble.certification import versions
 from eckart.assemble.checkpoints import assemble_dense, assemble_factored
@@ -27,7 +29,7 @@ from eckart.linalg.matrices import named_generator
 from eckart.linalg.rank import numerical_rank
 from eckart.linalg.rounding import signal_rank
 from eckart.linalg.spectrum import Spectrum
-from eckart.verification import Check, verify_output
+from eckart.verification import Check, check_files, verify_output
 
 PathLike = str | Path
 
@@ -81,7 +83,7 @@ def plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> Plan:
-    """Returns what `compress` would do, from headers alone."""
+    """Returns what `compress` would do, from headers alone; writes nothing."""
     source = _open_dense(Path(path))
     reasons = matrices(source.tensors, include=include, exclude=exclude)
     planned = [
@@ -105,6 +107,7 @@ def compress(
     exclude: Sequence[str] = (),
     dtype: str | None = None,
     seed: int = 0,
+    device: str = "cpu",
     force: bool = False,
 ) -> Certificate:
     """Factors the matrices of a checkpoint, writes it in format 1, and returns its certificate.
@@ -117,6 +120,7 @@ def compress(
     """
     policy = policy_of(rank=rank, energy=energy, error=error, keep=keep)
     stored = _dtype(dtype)
+    _check_device(device)
     source, target = _open_dense(Path(path)), Path(out)
     check_output(target, inputs=[source.folder], force=force)
     reasons = matrices(source.tensors, include=include, exclude=exclude)
@@ -139,10 +143,11 @@ def compress(
         "exclude": [*exclude],
         "dtype": dtype,
         "seed": seed,
+        "device": device,
     }
     with new_output(target, inputs=[source.folder], force=force) as work:
         job = Job(source, work / "output", seed, options)
-        done, failed = decompose(source, requests, work, seed=seed)
+        done, failed = decompose(source, requests, work, seed=seed, device=device)
         choices |= {name: Choice(None, f"dense: {reason}") for name, reason in failed.items()}
         dense = {name: shapes[name] for name in choices}
         spectra = {name: found.spectrum for name, found in done.items()}
@@ -155,7 +160,9 @@ def densify(path: PathLike, out: PathLike, *, force: bool = False) -> Certificat
     folder, target = Path(path), Path(out)
     certificate = read_certificate(folder)
     if certificate.kind != "factored":
-        raise CheckpointError(f"{printable(folder)} is not factored, so there is nothing to do.")
+        raise CheckpointError(f"{printable(folder)} is not factored: there is nothing to do.")
+    if not (files := check_files(folder, certificate)).held:
+        raise CheckpointError(f"{printable(folder)} is damaged: {files.detail}.")
     source = open_checkpoint(folder)
     with new_output(target, inputs=[folder], force=force) as work:
         return assemble_dense(Job(source, work / "output", 0, {"seed": 0}), certificate)
@@ -261,6 +268,16 @@ def _dtype(dtype: str | None) -> str | None:
     if dtype not in names:
         raise UsageError(f"--dtype {dtype} is unknown: choose {', '.join(names)}.")
     return names[dtype]
+
+
+def _check_device(device: str) -> None:
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device} is not supported: choose cpu or cuda.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UsageError(f"--device {device} is not to be had here: {reason}.") from None
 
 
 def _planned(name: str, shape: tuple[int, int], policy: RankPolicy, form: Form) -> PlannedMatrix:

@@ -10,9 +10,9 @@ from typing import Literal
 import msgspec
 
 from eckart.checkpoint.documents import canonical_json, parse_json
-from eckart.checkpoint.paths import read_bytes
+from eckart.checkpoint.paths import printable, read_bytes
 from eckart.checkpoint.writer import CERTIFICATE
-from eckart.errors import CheckpointError, PromiseError
+from eckart.errors import CheckpointError
 
 SCHEMA = "eckart/1"
 CERTIFICATE_BYTES = 2**28
@@ -179,24 +179,26 @@ class InspectionReport(Document, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 def read_certificate(folder: Path) -> Certificate:
-    """Returns the certificate of an output folder.
-
-    CheckpointError if there is none (eckart did not write this folder), PromiseError if it is
-    there but not as it was written.
-    """
+    """Returns the certificate of an output folder; CheckpointError if it is not as written."""
     path = folder / CERTIFICATE
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder: give the output of an eckart command.")
+        raise CheckpointError(
+            f"{printable(folder)} is not a folder: give the output of an eckart command."
+        )
     if not path.exists():
-        raise CheckpointError(f"there is no {CERTIFICATE} in {folder}: eckart did not write it.")
+        raise CheckpointError(
+            f"there is no {CERTIFICATE} in {printable(folder)}: give a folder that eckart wrote."
+        )
+    content = read_bytes(path, CERTIFICATE_BYTES)
+    document = parse_json(content, printable(path))
     try:
-        content = read_bytes(path, CERTIFICATE_BYTES)
-        document = parse_json(content, str(path))
         certificate = msgspec.convert(document, Certificate)
-    except (CheckpointError, msgspec.ValidationError) as error:
-        raise PromiseError(f"{path} is damaged: {error}") from None
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{printable(path)} is damaged: {error}.") from None
     if certificate.encode() != content or certificate.digest != _digest(document):
-        raise PromiseError(f"{path} was changed after it was written: its digest does not hold.")
+        raise CheckpointError(
+            f"{printable(path)} was changed after it was written: its digest does not hold."
+        )
     return certificate
 
 

@@ -1,21 +1,19 @@
 """The command line: parse, call `api`, print. torch is imported inside commands only."""
 
 import os
+import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from eckart import __version__
 from eckart.errors import EckartError, PromiseError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="eckart",
@@ -47,6 +45,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the document instead o
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but errors.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that eckart wrote.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Device = Annotated[str, typer.Option("--device", help="Where to factor: cpu, cuda, cuda:1.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads per matrix.")]
 
 
@@ -92,7 +91,7 @@ def inspect(
     if json:
         _print_json(report)
     elif not quiet:
-        _print(inspection_table(report))
+        _print(inspection_table(report, _console().width))
 
 
 @app.command()
@@ -110,6 +109,7 @@ def compress(
         str | None, typer.Option(help="Of the factors; default: the matrix's.")
     ] = None,
     seed: Seed = 0,
+    device: Device = "cpu",
     threads: Threads = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read headers only.")] = False,
     json: Json = False,
@@ -140,13 +140,14 @@ def compress(
             form=form.value,
             dtype=dtype,
             seed=seed,
+            device=device,
             force=force,
             **chosen,
         )
     if json:
         _print_json(certificate.document())
     elif not quiet:
-        _print(certificate_table(certificate))
+        _print(certificate_table(certificate, _console().width))
         log.print(f"wrote {output}; prove it: eckart verify {output} --against {source}")
 
 
@@ -168,7 +169,7 @@ def densify(
     if json:
         _print_json(certificate.document())
     elif not quiet:
-        _print(certificate_table(certificate))
+        _print(certificate_table(certificate, _console().width))
         log.print(f"wrote {output}")
 
 
@@ -206,6 +207,7 @@ def main() -> None:
     if sys.platform == "win32":
         print("eckart runs on Linux and macOS; on Windows use WSL.", file=sys.stderr)
         sys.exit(2)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except EckartError as error:
@@ -217,6 +219,11 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    """Leaves through every `finally`, so that nothing half-made stays behind."""
+    sys.exit(128 + number)
 
 
 @contextmanager
@@ -231,11 +238,16 @@ def _threads(count: int | None) -> Generator[None]:
         torch.set_num_threads(before)
 
 
-def _print(table: object) -> None:
+def _console() -> Console:
+    """Where data goes: as wide as the terminal, or wide enough where there is none."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 160
-    console.print(table)
+        console.width = 200
+    return console
+
+
+def _print(table: RenderableType) -> None:
+    _console().print(table)
 
 
 def _print_json(document: object) -> None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eckart.checkpoint.source import Source
+from eckart.checkpoint.source import Checkpoint, Source, read_header
+from eckart.checkpoint.writer import TensorFile, TensorLayout
 from eckart.errors import FactorizationError
 from eckart.linalg.exact import TruncatedSVD, exact_svd
 from eckart.linalg.factors import Factors
@@ -43,7 +43,8 @@ class Decomposition:
     def factors(self, W: Tensor, rank: int) -> Factors:
         """Returns balanced B, A of the given rank: B = U√s, A = √s⁻¹ UᵀW; nested in the rank."""
         assert rank <= self.rank, f"{self.name}: rank {rank} of {self.rank} kept"
-        U = load_file(self.part)["U"][:, :rank].to(torch.float64)
+        kept = Checkpoint(self.part.parent, read_header(self.part)).load("U")
+        U = kept[:, :rank].to(torch.float64)
         root = self.spectrum.values[:rank].sqrt()
         inverse = torch.where(root > 0, 1 / root, 0.0)
         return Factors(U * root, inverse[:, None] * (U.mT @ W.to(torch.float64)))
@@ -69,11 +70,17 @@ def decompose(
             failed[name] = str(error)
             continue
         part = parts / f"part-{index:06d}.safetensors"
-        save_file({"U": svd.U.to(torch.float32).cpu().contiguous()}, part)
+        _write_part(part, svd.U.to(torch.float32))
         done[name] = Decomposition(
             name, svd.spectrum, svd.rank, svd.method, svd.excess_estimate, part
         )
     return done, failed
+
+
+def _write_part(path: Path, U: Tensor) -> None:
+    file = TensorFile(path, {"U": TensorLayout.of("F32", tuple(U.shape))})
+    file.write("U", U)
+    file.close()
 
 
 def _svd(W: Tensor, request: Request, name: str, seed: int) -> TruncatedSVD:

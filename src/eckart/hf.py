@@ -28,12 +28,14 @@ class Perplexity:
     tokens: int
 
 
-def perplexity(folder: Path, text: Path, *, window: int = WINDOW) -> Perplexity:
+def perplexity(
+    folder: Path, text: Path, *, window: int = WINDOW, windows: int | None = None
+) -> Perplexity:
     """Returns the perplexity of a dense causal language model on a text file.
 
     The text is encoded with the model's own tokenizer and cut into windows of `window` tokens;
-    the last, incomplete one is dropped. Weights are read in their own dtype and computed with in
-    float32. Needs the `hf` extra.
+    the last, incomplete one is dropped, and so is what follows the first `windows`. Computed in
+    float32, whatever the dtype of the weights. Needs the `hf` extra.
     """
     with quiet_transformers() as transformers:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -41,7 +43,7 @@ def perplexity(folder: Path, text: Path, *, window: int = WINDOW) -> Perplexity:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, dtype=torch.float32
         )
-        return _perplexity(model.eval(), ids, window)
+        return _perplexity(model.eval(), ids[: windows and windows * window], window)
 
 
 @contextmanager

@@ -3,10 +3,12 @@
 Knows modules; must not know files. The names in a state dict are those of format 1.
 """
 
+import warnings
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from eckart.errors import InputError, RankError
 from eckart.linalg.factors import Factors, PivotedFactors, factorize, pivot
@@ -55,7 +57,9 @@ class LowRankLinear(nn.Module):
     def from_factors(cls, factors: Factors, bias: Tensor | None = None) -> Self:
         """Returns a layer that holds these factors and a copy of the bias."""
         (m, n), B = factors.shape, factors.B
-        new = cls(n, m, factors.rank, bias=bias is not None, device=B.device, dtype=B.dtype)
+        new: Self = skip_init(  # no draw from the global generator
+            cls, n, m, factors.rank, bias=bias is not None, device=B.device, dtype=B.dtype
+        )
         with torch.no_grad():
             new.A.weight.copy_(factors.A)
             new.B.weight.copy_(factors.B)
@@ -108,7 +112,9 @@ class PivotedLinear(nn.Module):
         super().__init__()
         _check_rank(rank, out_features, in_features)
         self.A = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.K = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
+        with warnings.catch_warnings():  # at full rank K has no rows; torch warns of that
+            warnings.simplefilter("ignore", UserWarning)
+            self.K = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
         self.register_buffer("perm", torch.arange(out_features, device=device))
         zeros = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
@@ -133,7 +139,9 @@ class PivotedLinear(nn.Module):
     def from_factors(cls, factors: PivotedFactors, bias: Tensor | None = None) -> Self:
         """Returns a layer that holds these factors and a copy of the bias."""
         (m, n), A = factors.shape, factors.A
-        new = cls(n, m, factors.rank, bias=bias is not None, device=A.device, dtype=A.dtype)
+        new: Self = skip_init(  # no draw from the global generator
+            cls, n, m, factors.rank, bias=bias is not None, device=A.device, dtype=A.dtype
+        )
         with torch.no_grad():
             new.A.weight.copy_(factors.A)
             new.K.weight.copy_(factors.K)

@@ -1,84 +1,97 @@
 """Documents as tables for a terminal. Every name from a file is escaped before it is shown."""
 
+from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
+
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from eckart.api import Plan
-from eckart.certificate import Certificate, InspectionReport, MatrixRecord
+from eckart.certificate import Certificate, Inspection, InspectionReport, MatrixRecord
 from eckart.checkpoint.paths import printable
 from eckart.verification import Check
 
+WIDE = 130
+"""Columns a terminal must have for every figure of `inspect`; a narrower one shows fewer."""
 
-def inspection_table(report: InspectionReport) -> Group:
+MIDDLE = 100
+"""… and for every figure of a certificate."""
+
+LEFT = ("shape", "dtype", "verdict", "why")
+
+
+def inspection_table(report: InspectionReport, width: int) -> Group:
     """Returns the table of `inspect`, and a line on what was not looked at."""
-    table = _table(
-        "matrix", "shape", "dtype", "rank", "signal", "effective", "90 %", "99 %", "pays to"
-    )
-    table.add_column("verdict", overflow="fold")
-    for row in report.matrices:
-        table.add_row(
-            _name(row.name),
-            _shape(row.shape),
-            row.dtype,
-            str(row.numerical_rank),
-            "–" if row.signal_rank is None else str(row.signal_rank),
-            f"{row.effective_rank:.1f}",
-            str(row.rank_90),
-            str(row.rank_99),
-            str(row.break_even),
-            row.verdict,
-        )
-    return Group(
-        table, Text(f"{len(report.copied)} other tensors are not matrices to factor", "dim")
-    )
+    columns: dict[str, Callable[[Inspection], str]] = {
+        "shape": lambda row: _shape(row.shape),
+        "dtype": lambda row: row.dtype,
+        "rank": lambda row: str(row.numerical_rank),
+        "signal": lambda row: "–" if row.signal_rank is None else str(row.signal_rank),
+        "effective": lambda row: f"{row.effective_rank:.1f}",
+        "90 %": lambda row: str(row.rank_90),
+        "99 %": lambda row: str(row.rank_99),
+        "pays to": lambda row: str(row.break_even),
+        "verdict": lambda row: row.verdict,
+    }
+    if width < WIDE:
+        columns = {name: columns[name] for name in ("shape", "rank", "verdict")}
+    names = [row.name for row in report.matrices]
+    table = _table(names, columns)
+    for row, short in zip(report.matrices, _short(names), strict=True):
+        table.add_row(short, *(cell(row) for cell in columns.values()))
+    others = f"{len(report.copied)} other tensors are not matrices to factor"
+    return Group(table, Text(others, "dim"))
 
 
 def plan_table(plan: Plan) -> Group:
     """Returns what `compress --dry-run` shows."""
-    table = _table("matrix", "shape", "rank", "parameters")
-    table.add_column("why", overflow="fold")
-    for row in plan.matrices:
+    names = [row.name for row in plan.matrices]
+    table = _table(names, ("shape", "rank", "parameters", "why"))
+    for row, short in zip(plan.matrices, _short(names), strict=True):
         low, high = row.ranks
         ranks = "dense" if high == 0 else str(high) if low == high else f"{low}–{high}"
         before, after = row.parameters
         at_most = "≤ " if low != high else ""
-        table.add_row(
-            _name(row.name),
-            _shape(row.shape),
-            ranks,
-            f"{before:,} → {at_most}{after:,}",
-            row.reason,
-        )
+        why = row.reason.removeprefix("dense: ")
+        parameters = f"{before:,} → {at_most}{after:,}" if high else f"{before:,}"
+        table.add_row(short, _shape(row.shape), ranks, parameters, why)
     return Group(table, Text(f"{len(plan.copied)} other tensors are copied as they are", "dim"))
 
 
-def certificate_table(certificate: Certificate) -> Group:
-    """Returns the rows of a certificate and its totals, before and after."""
-    table = _table("matrix", "shape", "rank", "parameters", "error", "optimum", "|Wx−BAx|")
-    for row in certificate.matrices:
-        table.add_row(*_record(row))
-    for row in certificate.copied:
-        if row.reason.startswith("dense: "):
-            why = printable(row.reason.removeprefix("dense: "))
-            table.add_row(_name(row.name), "", "dense", Text(why, "dim"))
-    return Group(table, _totals(certificate))
+def certificate_table(certificate: Certificate, width: int) -> Group:
+    """Returns the rows of a certificate, the matrices left dense and why, and its totals."""
+    left = [row for row in certificate.copied if row.reason.startswith("dense: ")]
+    names = [row.name for row in [*certificate.matrices, *left]]
+    shorts = iter(_short(names))
+    columns = ("shape", "rank", "parameters", "error", "optimum", "|Wx−BAx|")
+    shown = columns if width >= MIDDLE else columns[:4]
+    table = _table(names, shown)
+    for row, short in zip(certificate.matrices, shorts, strict=False):
+        table.add_row(short, *_record(row)[: len(shown)])
+    lines = [table]
+    if left:
+        dense = Table.grid(padding=(0, 2))
+        for row in left:
+            name = printable(row.name).removesuffix(".weight")
+            dense.add_row(name, Text(printable(row.reason), "dim"))
+        lines.append(dense)
+    return Group(*lines, _totals(certificate))
 
 
 def check_table(checks: list[Check]) -> Table:
     """Returns one line per check."""
-    table = _table("", "checked")
-    table.add_column("found", overflow="fold")
+    table = Table.grid(padding=(0, 2))
     for check in checks:
         mark = Text("✓", "green") if check.held else Text("✗", "bold red")
-        table.add_row(mark, _name(check.name), printable(check.detail))
+        name = printable(check.name).removesuffix(".weight")
+        table.add_row(mark, Text(name), Text(printable(check.detail)))
     return table
 
 
-def _record(row: MatrixRecord) -> tuple[Text | str, ...]:
+def _record(row: MatrixRecord) -> tuple[str, ...]:
     before, after = row.parameters
     return (
-        _name(row.name),
         _shape(row.shape),
         str(row.rank),
         f"{before:,} → {after:,}",
@@ -104,18 +117,27 @@ def _pair(what: str, pair: tuple[int, int], unit: str) -> str:
     return f"{what:18} {before:>14,} → {after:>14,} {unit}{share}"
 
 
-def _table(*columns: str) -> Table:
+def _table(names: Sequence[str], columns: Iterable[str]) -> Table:
+    """A table whose first column is the matrices' names, their common beginning in its head."""
     table = Table(box=None, pad_edge=False, header_style="bold")
+    prefix = _prefix(names)
+    table.add_column(f"matrix ({printable(prefix)}…)" if prefix else "matrix", no_wrap=True)
     for column in columns:
-        right = column not in ("matrix", "shape", "dtype", "parameters", "", "checked")
-        table.add_column(
-            column, justify="right" if right else "left", no_wrap=column != "parameters"
-        )
+        justify = "left" if column in LEFT else "right"
+        table.add_column(column, justify=justify, no_wrap=column not in ("verdict", "why"))
     return table
 
 
-def _name(name: str) -> Text:
-    return Text(printable(name))
+def _prefix(names: Sequence[str]) -> str:
+    """The whole parts that all names begin with: "model.layers."."""
+    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    shared = takewhile(lambda parts: len(set(parts)) == 1, columns)
+    return "".join(f"{parts[0]}." for parts in shared) if len(names) > 1 else ""
+
+
+def _short(names: Sequence[str]) -> list[Text]:
+    prefix = _prefix(names)
+    return [Text(printable(name.removeprefix(prefix).removesuffix(".weight"))) for name in names]
 
 
 def _shape(shape: tuple[int, int]) -> str:

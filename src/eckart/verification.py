@@ -16,6 +16,7 @@ from eckart.certificate import (
     read_certificate,
 )
 from eckart.checkpoint.documents import canonical_json, read_json
+from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import (
     Checkpoint,
     Source,
@@ -52,10 +53,10 @@ def verify_output(out: Path, against: Path | None = None) -> list[Check]:
     every other tensor is identical to the byte. Raises PromiseError where the output cannot even
     be read, CheckpointError where `out` or `against` is not what it should be.
     """
-    certificate = read_certificate(out)
+    certificate = _read_written(out)
     checks = [
         Check("certificate", held=True, detail="its digest holds"),
-        _check_files(out, certificate),
+        check_files(out, certificate),
     ]
     if not checks[-1].held:
         return checks
@@ -73,7 +74,8 @@ def verify_output(out: Path, against: Path | None = None) -> list[Check]:
     return [*checks, *_checks_against(written, source, certificate)]
 
 
-def _check_files(out: Path, certificate: Certificate) -> Check:
+def check_files(out: Path, certificate: Certificate) -> Check:
+    """Every file is there, none was added, sizes and SHA-256 are as certified."""
     found = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
     expected = {*certificate.files, CERTIFICATE}
     faults = [f"{name} is missing" for name in sorted(expected - found)]
@@ -85,6 +87,16 @@ def _check_files(out: Path, certificate: Certificate) -> Check:
         elif file_sha256(out / name) != record.sha256:
             faults.append(f"{name} was changed")
     return _check("files", faults, f"{len(expected)} files, every SHA-256 as certified")
+
+
+def _read_written(out: Path) -> Certificate:
+    """The certificate of a folder that is there: whatever is wrong with it breaks the promise."""
+    if not out.is_dir():
+        raise CheckpointError(f"{printable(out)} is not a folder: check the path.")
+    try:
+        return read_certificate(out)
+    except CheckpointError as error:
+        raise PromiseError(str(error)) from None
 
 
 def _open_written(out: Path) -> Checkpoint:
@@ -171,7 +183,7 @@ def _check_matrix(
     return _check(
         record.name,
         faults,
-        f"‖W − BA‖/‖W‖ = {error:.3g}, largest |Wx + b − (B(Ax) + b)| = {outputs.max:.3g}",
+        f"error {error:.3g}, outputs differ by {outputs.max:.3g} at most",
     )
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +92,7 @@ def new_output(out: Path, *, inputs: list[Path], force: bool) -> Generator[Path]
     """
     check_output(out, inputs=inputs, force=force)
     work = out.with_name(out.name + WORK_SUFFIX)
+    created = [parent for parent in out.parents if not parent.exists()]
     try:
         work.mkdir(parents=True)
     except FileExistsError:
@@ -108,6 +109,9 @@ def new_output(out: Path, *, inputs: list[Path], force: bool) -> Generator[Path]
             _publish(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        for parent in created:
+            with suppress(OSError):  # not empty: the output is there, or somebody else's file
+                parent.rmdir()
 
 
 def check_output(out: Path, *, inputs: list[Path], force: bool) -> None:
