@@ -85,9 +85,8 @@ def _inspect(base: Path, console: Console) -> None:
     console.print(table)
     pays = sum(row.verdict.startswith("factor") for row in report.matrices)
     console.print(
-        f"  {len(report.matrices)} matrices, those of layer 2 shown; trained weights have full "
-        "rank:\n"
-        f"  factoring is nearly free for {pays} of them, so any budget will cost something."
+        f"  {len(report.matrices)} matrices, those of layer 2 shown. Trained weights have full "
+        f"rank:\n  only {pays} of them can be factored to fewer parameters at 10 % error or less."
     )
 
 
@@ -144,9 +143,9 @@ def _perplexities(
             f"   (+{after.nats - before.nats:.3f} nats per byte)"
         )
     console.print(
-        "  Plain SVD hurts: a trained weight has no small tail to cut, and an error that is\n"
-        "  small for the matrix need not be small for the model. The certificate proves the\n"
-        "  matrices; what the model lost, only the model can tell."
+        "  Plain SVD hurts: a trained weight has no small tail to cut, and an error\n"
+        "  small for the matrix need not be small for the model. The certificate\n"
+        "  proves the matrices; what the model lost, only the model can tell."
     )
 
 
