@@ -8,7 +8,6 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from eckart.errors import InputError, RankError
 from eckart.linalg.factors import Factors, PivotedFactors, factorize, pivot
@@ -57,14 +56,12 @@ class LowRankLinear(nn.Module):
     def from_factors(cls, factors: Factors, bias: Tensor | None = None) -> Self:
         """Returns a layer that holds these factors and a copy of the bias."""
         (m, n), B = factors.shape, factors.B
-        new: Self = skip_init(  # no draw from the global generator
-            cls, n, m, factors.rank, bias=bias is not None, device=B.device, dtype=B.dtype
-        )
-        with torch.no_grad():
-            new.A.weight.copy_(factors.A)
-            new.B.weight.copy_(factors.B)
-            if bias is not None:
-                new.B.bias.copy_(bias)
+        # Made without values, so that nothing is drawn from the global generator.
+        new = cls(n, m, factors.rank, bias=bias is not None, device="meta", dtype=B.dtype)
+        state = {"A.weight": _copy(factors.A, B), "B.weight": _copy(B, B)}
+        if bias is not None:
+            state["B.bias"] = _copy(bias, B)
+        new.load_state_dict(state, assign=True)
         return new
 
     @property
@@ -115,7 +112,7 @@ class PivotedLinear(nn.Module):
         with warnings.catch_warnings():  # at full rank K has no rows; torch warns of that
             warnings.simplefilter("ignore", UserWarning)
             self.K = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
-        self.register_buffer("perm", torch.arange(out_features, device=device))
+        self.register_buffer("perm", torch.arange(out_features).to(device))
         zeros = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
 
@@ -139,15 +136,13 @@ class PivotedLinear(nn.Module):
     def from_factors(cls, factors: PivotedFactors, bias: Tensor | None = None) -> Self:
         """Returns a layer that holds these factors and a copy of the bias."""
         (m, n), A = factors.shape, factors.A
-        new: Self = skip_init(  # no draw from the global generator
-            cls, n, m, factors.rank, bias=bias is not None, device=A.device, dtype=A.dtype
-        )
-        with torch.no_grad():
-            new.A.weight.copy_(factors.A)
-            new.K.weight.copy_(factors.K)
-            new.perm.copy_(factors.perm)
-            if new.bias is not None and bias is not None:
-                new.bias.copy_(bias)
+        # Made without values, so that nothing is drawn from the global generator.
+        new = cls(n, m, factors.rank, bias=bias is not None, device="meta", dtype=A.dtype)
+        state = {"A.weight": _copy(A, A), "K.weight": _copy(factors.K, A)}
+        state["perm"] = factors.perm.clone()
+        if bias is not None:
+            state["bias"] = _copy(bias, A)
+        new.load_state_dict(state, assign=True)
         return new
 
     @property
@@ -175,6 +170,11 @@ def _check_rank(rank: int, m: int, n: int) -> None:
         raise RankError(
             f"rank {rank} is out of range for a layer {n} → {m}: choose 1 to {min(m, n)}."
         )
+
+
+def _copy(tensor: Tensor, like: Tensor) -> Tensor:
+    """A contiguous copy of its own, in the dtype and on the device of `like`."""
+    return tensor.detach().to(like, copy=True).contiguous()
 
 
 def _check_linear(layer: nn.Module) -> None:

@@ -108,6 +108,7 @@ def _from_numpy(array: npt.NDArray[np.generic], name: str) -> Tensor:
             "arrays. Convert it first."
         )
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if not native.flags.writeable or any(stride < 0 for stride in native.strides):
-        native = native.copy()  # torch refuses negative strides and warns about read-only memory
+    odd = any(stride < 0 or stride % native.itemsize for stride in native.strides)
+    if odd or not native.flags.writeable:
+        native = native.copy()  # torch refuses such strides and warns about read-only memory
     return torch.from_numpy(native)

@@ -144,8 +144,9 @@ def singular_values(W: Array, name: str = "matrix") -> Float[Tensor, " k"]:
 
 
 def energy(W: Tensor) -> float:
-    """Returns ‖W‖_F², summed in float64."""
-    return float(torch.linalg.vector_norm(W, dtype=torch.float64)) ** 2
+    """Returns ‖W‖_F², summed in float64; Inf where even that overflows."""
+    norm = float(torch.linalg.vector_norm(W, dtype=torch.float64))
+    return norm * norm  # norm**2 would raise OverflowError
 
 
 def power_of_two_scaled(W: Tensor) -> tuple[Tensor, int]:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from eckart.errors import ShapeError
+from eckart.errors import NonFiniteError, ShapeError
 from eckart.linalg.arrays import Array, as_tensor
 from eckart.linalg.exact import TruncatedSVD, exact_svd
 from eckart.linalg.truncated import truncated_svd
@@ -175,7 +175,13 @@ def factorize(
     """
     dtype = as_tensor(W, name).dtype
     svd = truncated_svd(W, rank=rank, energy=energy, error=error, name=name)
-    return split(svd, balanced=balanced).to(dtype)
+    factors = split(svd, balanced=balanced).to(dtype)
+    if not bool(torch.isfinite(factors.B).all() & torch.isfinite(factors.A).all()):
+        raise NonFiniteError(
+            f"the factors of {name} overflow {str(dtype).removeprefix('torch.')}: take balanced "
+            "ones, or convert the matrix to float32."
+        )
+    return factors
 
 
 def pivot(factors: Factors) -> PivotedFactors:
@@ -233,6 +239,13 @@ def recompress(
     else:
         svd = truncated_svd(core, rank=rank, energy=energy, error=error, method="exact", name=name)
     dtype = torch.promote_types(factors.B.dtype, torch.float32)
+    m, n = factors.shape
+    known = svd.spectrum.values  # all of the core's; the product has no others but zeros
     return TruncatedSVD(
-        (Qb @ svd.U).to(dtype), svd.s.to(dtype), (svd.Vh @ Qa.mT).to(dtype), svd.energy, "core"
+        (Qb @ svd.U).to(dtype),
+        svd.s.to(dtype),
+        (svd.Vh @ Qa.mT).to(dtype),
+        svd.energy,
+        "core",
+        values=torch.cat([known, known.new_zeros(min(m, n) - len(known))]),
     )

@@ -10,13 +10,13 @@ from eckart.linalg.exact import singular_values
 
 
 def matrix_rank(
-    W: Array, *, rtol: float | None = None, atol: float = 0.0, name: str = "matrix"
+    W: Array, *, rtol: float | None = None, atol: float | None = None, name: str = "matrix"
 ) -> int | list[object]:
     """Returns the number of singular values above max(atol, σ₁·rtol); numpy's rule.
 
     `rtol` defaults to max(m, n)·ε of the dtype computed in (float32 for half precision, whose
     entries are then taken at their word: for the rank above their rounding noise use
-    `signal_rank`). A vector has rank 1, or 0 if it is zero. A batch (…, m, n) gives nested lists
+    `signal_rank`); `atol` alone switches it off, as numpy's `tol` does. A vector has rank 1, or 0 if it is zero. A batch (…, m, n) gives nested lists
     of ranks, one per matrix. The comparison is strict: a value exactly at the threshold does not
     count, so the zero matrix has rank 0.
 
@@ -39,7 +39,7 @@ def matrix_rank(
     return _ranks(tensor, rtol, atol, name)
 
 
-def _ranks(tensor: Tensor, rtol: float | None, atol: float, name: str) -> int | list[object]:
+def _ranks(tensor: Tensor, rtol: float | None, atol: float | None, name: str) -> int | list[object]:
     if tensor.ndim > 2:
         return [_ranks(part, rtol, atol, f"{name}[{i}]") for i, part in enumerate(tensor)]
     return numerical_rank(
@@ -52,9 +52,9 @@ def numerical_rank(
     shape: tuple[int, int],
     *,
     rtol: float | None = None,
-    atol: float = 0.0,
+    atol: float | None = None,
 ) -> int:
     """Returns numpy's rank of an m×n matrix from its singular values, in the dtype they came in."""
     if rtol is None:
-        rtol = max(shape) * torch.finfo(values.dtype).eps
-    return int((values > max(atol, float(values[0]) * rtol)).sum())
+        rtol = max(shape) * torch.finfo(values.dtype).eps if atol is None else 0.0
+    return int((values > max(atol or 0.0, float(values[0]) * rtol)).sum())

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eckart.linalg.arrays import Array, as_matrix
+from eckart.linalg.exact import unscaled
 
 ROW_BLOCK_ENTRIES = 2**22
 """Rows are compared in blocks of about this many float64 entries (32 MiB)."""
@@ -55,17 +56,25 @@ def relative_error(W: Array, product: Product, name: str = "matrix") -> float:
     """
     W = as_matrix(W, name)
     m, n = W.shape
-    step = max(1, ROW_BLOCK_ENTRIES // n)
+    step, shift = max(1, ROW_BLOCK_ENTRIES // n), _shift(W)
     missed, total = 0.0, 0.0
     for start in range(0, m, step):
         rows = W[start : start + step].double()
-        missed += float((rows - product.rows(start, start + step)).square().sum())
-        total += float(rows.square().sum())
-    if total == 0:
+        difference = rows - product.rows(start, start + step)
+        missed += float(unscaled(difference, shift).square().sum())
+        total += float(unscaled(rows, shift).square().sum())
+    if total == 0 or not math.isfinite(missed):  # NaN: Inf in a factor times 0
         return 0.0 if missed == 0 else math.inf
     # 1e-12 covers the float64 sums (≤ ~40 roundings deep), the other term each dot product.
     eps = torch.finfo(torch.float64).eps
     return math.sqrt(missed / total) * (1 + 1e-12) + (0.0 if missed == 0 else 4 * eps)
+
+
+def _shift(W: Tensor) -> int:
+    """0, or the power of two that brings W to where float64 can square it."""
+    low, high = torch.aminmax(W)
+    _, exponent = math.frexp(max(-float(low), float(high)))
+    return -exponent if abs(exponent) > 400 else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,11 +84,11 @@ def signal_rank(
 def ulp(W: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
     """Returns the spacing of W's own number format at each entry, in float64.
 
-    2ᵉ⁻¹·ε for |w| = f·2ᵉ, f in [½, 1); never below the subnormal step.
+    2ᵉ⁻¹·ε for |w| = f·2ᵉ, f in [½, 1); never below the subnormal step, which is 0's.
     """
     finfo = torch.finfo(W.dtype)
     _, exponent = torch.frexp(W.double())
-    eps = torch.full_like(W, finfo.eps, dtype=torch.float64)
+    eps = torch.where(W == 0, 0.0, finfo.eps).double()  # frexp(0) is 0·2⁰
     return torch.ldexp(eps, exponent - 1).clamp(min=finfo.tiny * finfo.eps)
 
 

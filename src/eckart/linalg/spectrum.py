@@ -43,10 +43,16 @@ class Spectrum:
                 f"a {self.shape[0]}×{self.shape[1]} matrix has at most {min(self.shape)} singular "
                 f"values and at least one; got {len(values)}."
             )
-        if bool((values < 0).any()) or bool((values.diff() > 0).any()):
-            raise ShapeError("singular values must be non-negative and descending.")
+        finite = bool(torch.isfinite(values).all())
+        if not finite or bool((values < 0).any()) or bool((values.diff() > 0).any()):
+            raise ShapeError("singular values must be finite, non-negative and descending.")
         if not math.isfinite(self.energy) or self.energy < 0:
             raise ShapeError(f"energy must be finite and not negative; got {self.energy}.")
+        if self.energy == 0 < float(values[0]):
+            raise ShapeError(
+                f"energy is 0, but σ₁ is {float(values[0]):.3g}: its square is too small for "
+                "float64. Scale the matrix up."
+            )
 
     @property
     def complete(self) -> bool:
@@ -112,6 +118,11 @@ class Spectrum:
 
     def _smallest(self, tail: float) -> int:
         """The smallest rank whose tail energy is at most `tail`."""
+        if not self.complete and tail < LOST_DIGITS**2 * self.energy:
+            raise RankError(
+                f"an error below {LOST_DIGITS:.0e} is more than a partial spectrum can tell: "
+                "compute all values."
+            )
         enough = (self._tails <= tail).nonzero()
         if len(enough) == 0:
             raise RankError(
