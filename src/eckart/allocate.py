@@ -53,12 +53,21 @@ class RankPolicy(Protocol):
         """The number the user gave."""
         ...
 
+    @property
+    def allowed(self) -> float | None:
+        """The largest relative error of any factored matrix, None if nothing is promised of it."""
+        ...
+
     def limit(self, shape: Shape, form: Form) -> int:
         """Returns the largest rank that could be wanted of this shape; 0 if it is copied."""
         ...
 
     def refusal(self, shape: Shape, form: Form) -> str:
         """Returns why a matrix whose limit is 0 is copied."""
+        ...
+
+    def check(self, shapes: Mapping[str, Shape], form: Form) -> None:
+        """Raises UsageError where the shapes alone show that no ranks can do it."""
         ...
 
     def choose(
@@ -79,6 +88,11 @@ class FixedRank:
         if not isinstance(self.value, int) or self.value < 1:
             raise UsageError(f"--rank {self.value} is out of range: choose a whole number from 1.")
 
+    @property
+    def allowed(self) -> None:
+        """Nothing is promised of a single matrix."""
+        return None
+
     def limit(self, shape: Shape, form: Form) -> int:
         """The rank itself, if it pays."""
         return self.value if self.value <= paying_rank(shape, form) else 0
@@ -88,6 +102,9 @@ class FixedRank:
         asked, largest = f"dense: rank {self.value} does not pay", min(shape)
         clamped = f" (clamped to {largest})" if self.value > largest else ""
         return f"{asked}{clamped}, {_break_even(shape, form)}"
+
+    def check(self, shapes: Mapping[str, Shape], form: Form) -> None:
+        """Any shapes will do: what does not pay is copied."""
 
     def choose(
         self, spectra: Mapping[str, Spectrum], dense: Mapping[str, Shape], form: Form
@@ -107,6 +124,11 @@ class Energy:
         if not 0 < self.value <= 1:
             raise UsageError(f"--energy {self.value} is out of range: choose above 0, up to 1.")
 
+    @property
+    def allowed(self) -> float:
+        """√(1 − energy)."""
+        return math.sqrt(1 - self.value)
+
     def limit(self, shape: Shape, form: Form) -> int:
         """Any rank that pays."""
         return paying_rank(shape, form)
@@ -114,6 +136,9 @@ class Energy:
     def refusal(self, shape: Shape, form: Form) -> str:
         """No rank pays."""
         return f"dense: no rank pays, {_break_even(shape, form)}"
+
+    def check(self, shapes: Mapping[str, Shape], form: Form) -> None:
+        """Any shapes will do: what does not pay is copied."""
 
     def choose(
         self, spectra: Mapping[str, Spectrum], dense: Mapping[str, Shape], form: Form
@@ -136,6 +161,11 @@ class RelativeError:
         if not 0 <= self.value < 1:
             raise UsageError(f"--error {self.value} is out of range: choose from 0 to below 1.")
 
+    @property
+    def allowed(self) -> float:
+        """The error itself."""
+        return self.value
+
     def limit(self, shape: Shape, form: Form) -> int:
         """Any rank that pays."""
         return paying_rank(shape, form)
@@ -143,6 +173,9 @@ class RelativeError:
     def refusal(self, shape: Shape, form: Form) -> str:
         """No rank pays."""
         return f"dense: no rank pays, {_break_even(shape, form)}"
+
+    def check(self, shapes: Mapping[str, Shape], form: Form) -> None:
+        """Any shapes will do: what does not pay is copied."""
 
     def choose(
         self, spectra: Mapping[str, Spectrum], dense: Mapping[str, Shape], form: Form
@@ -170,6 +203,11 @@ class Keep:
         if not 0 < self.value <= 1:
             raise UsageError(f"--keep {self.value} is out of range: choose above 0, up to 1.")
 
+    @property
+    def allowed(self) -> None:
+        """Nothing is promised of a single matrix."""
+        return None
+
     def limit(self, shape: Shape, form: Form) -> int:
         """Any rank that pays."""
         return paying_rank(shape, form)
@@ -178,22 +216,30 @@ class Keep:
         """No rank pays."""
         return f"dense: no rank pays, {_break_even(shape, form)}"
 
+    def check(self, shapes: Mapping[str, Shape], form: Form) -> None:
+        """Rank 1 everywhere must be within the budget."""
+        total = sum(m * n for m, n in shapes.values())
+        least = sum(min(cost((m, n), 1, form), m * n) for m, n in shapes.values())
+        self._reach(least, total)
+
     def choose(
         self, spectra: Mapping[str, Spectrum], dense: Mapping[str, Shape], form: Form
     ) -> dict[str, Choice]:
         """The ranks that keep the most worth within the budget."""
         fixed = sum(m * n for m, n in dense.values())
         total = fixed + sum(math.prod(spectrum.shape) for spectrum in spectra.values())
-        budget = math.floor(self.value * total) - fixed
         menus = {name: _Menu.of(spectrum, form) for name, spectrum in spectra.items()}
-        least = sum(int(menu.costs[0]) for menu in menus.values())
-        if least > budget:
-            raise UsageError(
-                f"--keep {self.value} cannot be reached: rank 1 everywhere keeps "
-                f"{(least + fixed) / total:.4f} of the targeted parameters. Choose more than that."
-            )
+        self._reach(fixed + sum(int(menu.costs[0]) for menu in menus.values()), total)
+        budget = math.floor(self.value * total) - fixed
         picks = _fill(menus, _bisect(menus, budget), budget)
         return {name: menus[name].choice(pick) for name, pick in picks.items()}
+
+    def _reach(self, least: int, total: int) -> None:
+        if least > math.floor(self.value * total):
+            raise UsageError(
+                f"--keep {self.value} cannot be reached: rank 1 everywhere keeps "
+                f"{least / total:.4f} of the targeted parameters. Choose more than that."
+            )
 
 
 POLICIES: dict[str, Callable[[Any], RankPolicy]] = {
@@ -214,6 +260,8 @@ class _Menu:
         ranks = range(1, min(paying_rank(spectrum.shape, form), len(spectrum.values)) + 1)
         costs = [cost(spectrum.shape, rank, form) for rank in ranks]
         share = spectrum.values.square().numpy() / (spectrum.energy or 1.0)
+        if spectrum.energy == 0:  # any rank keeps all of a zero matrix
+            share[0] = 1.0
         worths = m * n * np.cumsum(share)[: len(ranks)]
         return cls(np.array([*costs, m * n], float), np.array([*worths, m * n], float))
 

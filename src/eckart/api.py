@@ -8,8 +8,10 @@ import torch
 
 from eckart.allocate import POLICIES, Choice, Form, RankPolicy, cost
 from eckart.assemble.certification import versions
-from eckart.assemble.checkpoints import assemble_dense, assemble_factored
+from eckart.assemble.checkpoints import assemble_dense, assemble_factored, check_names
 from eckart.assemble.job import Job
+from eckart.assemble.promises import keep_promises
+from eckart.assemble.sidecars import check_config
 from eckart.certificate import (
     Certificate,
     Inspection,
@@ -22,7 +24,7 @@ from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import DTYPES, Checkpoint, open_checkpoint
 from eckart.checkpoint.writer import CERTIFICATE, check_output, new_output
 from eckart.decompose import Request, decompose
-from eckart.errors import CheckpointError, UsageError
+from eckart.errors import CheckpointError, InputError, UsageError
 from eckart.families import FLOATING, matrices
 from eckart.linalg.exact import energy, singular_values
 from eckart.linalg.matrices import named_generator
@@ -85,13 +87,9 @@ def plan(
 ) -> Plan:
     """Returns what `compress` would do, from headers alone; writes nothing."""
     source = _open_dense(Path(path))
-    reasons = matrices(source.tensors, include=include, exclude=exclude)
-    planned = [
-        _planned(name, _shape(source, name), policy, form)
-        for name, reason in reasons.items()
-        if reason is None
-    ]
-    return Plan(planned, {name: why for name, why in reasons.items() if why is not None})
+    shapes, copied = _targets(source, policy, form, include, exclude)
+    planned = [_planned(name, shape, policy, form) for name, shape in shapes.items()]
+    return Plan(planned, copied)
 
 
 def compress(
@@ -123,9 +121,7 @@ def compress(
     _check_device(device)
     source, target = _open_dense(Path(path)), Path(out)
     check_output(target, inputs=[source.folder], force=force)
-    reasons = matrices(source.tensors, include=include, exclude=exclude)
-    shapes = {name: _shape(source, name) for name, why in reasons.items() if why is None}
-    copied = {name: why for name, why in reasons.items() if why is not None}
+    shapes, copied = _targets(source, policy, form, include, exclude)
     requests = {
         name: Request(limit, all_values=policy.name != "rank")
         for name, shape in shapes.items()
@@ -144,6 +140,7 @@ def compress(
         "dtype": dtype,
         "seed": seed,
         "device": device,
+        "threads": torch.get_num_threads(),
     }
     with new_output(target, inputs=[source.folder], force=force) as work:
         job = Job(source, work / "output", seed, options)
@@ -151,7 +148,8 @@ def compress(
         choices |= {name: Choice(None, f"dense: {reason}") for name, reason in failed.items()}
         dense = {name: shapes[name] for name in choices}
         spectra = {name: found.spectrum for name, found in done.items()}
-        choices |= policy.choose(spectra, dense, form)
+        chosen = policy.choose(spectra, dense, form)
+        choices |= keep_promises(source, chosen, done, policy.allowed, form=form, dtype=stored)
         return assemble_factored(job, choices, copied, done, form=form, dtype=stored)
 
 
@@ -253,6 +251,26 @@ def _open_dense(folder: Path) -> Checkpoint:
     if not source.tensors:
         raise CheckpointError(f"{printable(folder)} holds no tensors at all.")
     return source
+
+
+def _targets(
+    source: Checkpoint,
+    policy: RankPolicy,
+    form: Form,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """The matrices' shapes, and why the other tensors are copied; all that headers can refuse."""
+    check_config(source.folder)
+    reasons = matrices(source.tensors, include=include, exclude=exclude)
+    copied = {name: why for name, why in reasons.items() if why is not None}
+    shapes = {name: _shape(source, name) for name, why in reasons.items() if why is None}
+    if not shapes:
+        some = "; ".join(f"{name}: {why}" for name, why in list(copied.items())[:3])
+        raise InputError(f"there is no matrix to factor in {printable(source.folder)} ({some}).")
+    check_names(source, shapes, form)
+    policy.check(shapes, form)
+    return shapes, copied
 
 
 def _shape(source: Checkpoint, name: str) -> tuple[int, int]:

@@ -148,7 +148,7 @@ def compress(
         _print_json(certificate.document())
     elif not quiet:
         _print(certificate_table(certificate, _console().width))
-        log.print(f"wrote {output}; prove it: eckart verify {output} --against {source}")
+        _say(f"wrote {output}; prove it: eckart verify {output} --against {source}")
 
 
 @app.command()
@@ -170,7 +170,7 @@ def densify(
         _print_json(certificate.document())
     elif not quiet:
         _print(certificate_table(certificate, _console().width))
-        log.print(f"wrote {output}")
+        _say(f"wrote {output}")
 
 
 @app.command()
@@ -195,7 +195,7 @@ def verify(
     elif not quiet:
         _print(check_table(checks))
         if against is None and not failed:
-            log.print("the files are as written; add --against SRC to recompute every error too")
+            _say("the files are as written; add --against SRC to recompute every error too")
     if failed:
         raise PromiseError(
             f"{output} does not hold its promise: {failed[0].name}: {failed[0].detail}."
@@ -212,7 +212,7 @@ def main() -> None:
         app()
     except EckartError as error:
         log.print("[bold red]error:[/] ", end="")
-        log.print(str(error), markup=False, soft_wrap=True)
+        _say(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -251,6 +251,14 @@ def _print(table: RenderableType) -> None:
 
 
 def _print_json(document: object) -> None:
+    import json
+
     import msgspec
 
-    print(msgspec.json.encode(document).decode())
+    print(json.dumps(msgspec.to_builtins(document)))  # ASCII: no name can move the cursor
+
+
+def _say(text: object) -> None:
+    from eckart.checkpoint.paths import printable
+
+    log.print(printable(text), markup=False, soft_wrap=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eckart.checkpoint.source import Checkpoint, Source, read_header
-from eckart.checkpoint.writer import TensorFile, TensorLayout
+from eckart.checkpoint.writer import TensorFile, TensorLayout, new_folder
 from eckart.errors import FactorizationError
 from eckart.linalg.exact import TruncatedSVD, exact_svd
 from eckart.linalg.factors import Factors
@@ -59,7 +59,7 @@ def decompose(
     never matters. Peak memory: one matrix and its SVD.
     """
     parts = work / "parts"
-    parts.mkdir()
+    new_folder(parts)
     done: dict[str, Decomposition] = {}
     failed: dict[str, str] = {}
     for index, (name, request) in enumerate(sorted(requests.items())):

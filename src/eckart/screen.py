@@ -74,7 +74,7 @@ def certificate_table(certificate: Certificate, width: int) -> Group:
         dense = Table.grid(padding=(0, 2))
         for row in left:
             name = printable(row.name).removesuffix(".weight")
-            dense.add_row(name, Text(printable(row.reason), "dim"))
+            dense.add_row(Text(name), Text(printable(row.reason), "dim"))
         lines.append(dense)
     return Group(*lines, _totals(certificate))
 
@@ -121,7 +121,8 @@ def _table(names: Sequence[str], columns: Iterable[str]) -> Table:
     """A table whose first column is the matrices' names, their common beginning in its head."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     prefix = _prefix(names)
-    table.add_column(f"matrix ({printable(prefix)}…)" if prefix else "matrix", no_wrap=True)
+    head = f"matrix ({printable(prefix)}…)" if prefix else "matrix"
+    table.add_column(Text(head), no_wrap=True)
     for column in columns:
         justify = "left" if column in LEFT else "right"
         table.add_column(column, justify=justify, no_wrap=column not in ("verdict", "why"))

@@ -50,7 +50,7 @@ def certify(
         matrices=records,
         copied=[Row(name=name, reason=reason) for name, reason in sorted(copied.items())],
         factored=dict(entries),
-        totals=_totals(source, written, records, targeted),
+        totals=count_totals(source, written, records, targeted),
         run=Run(
             seconds=round(time.monotonic() - job.began, 3),
             started=job.started.isoformat(timespec="seconds"),
@@ -62,9 +62,10 @@ def certify(
     return certificate
 
 
-def _totals(
+def count_totals(
     source: Checkpoint, written: Checkpoint, records: list[MatrixRecord], targeted: set[str]
 ) -> Totals:
+    """Returns what both checkpoints hold: the targeted matrices, the model, the bytes."""
     changed = {record.name for record in records}
     left = sum(source.tensors[name].parameters for name in targeted - changed)
     before = left + sum(record.parameters[0] for record in records)

@@ -1,6 +1,6 @@
 """Whole checkpoints: factored (format 1), and dense again."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -8,15 +8,15 @@ from eckart.allocate import Choice
 from eckart.assemble.certification import certify
 from eckart.assemble.job import Job
 from eckart.assemble.measurement import measure_dense, measure_factored
+from eckart.assemble.promises import rounded_product
 from eckart.assemble.sidecars import write_sidecars
 from eckart.certificate import Certificate, FactoredEntry, FactorForm
-from eckart.checkpoint.source import DTYPES, WEIGHTS, Checkpoint
+from eckart.checkpoint.source import WEIGHTS, Checkpoint
 from eckart.checkpoint.writer import TensorFile, TensorLayout
 from eckart.decompose import Decomposition
 from eckart.errors import InputError, PromiseError
 from eckart.formats import dense, factored
 from eckart.linalg.arrays import check_finite
-from eckart.linalg.factors import pivot
 
 
 def assemble_factored(
@@ -58,6 +58,20 @@ def assemble_factored(
         copied={**copied, **reasons},
         targeted=set(choices),
     )
+
+
+def check_names(source: Checkpoint, matrices: Iterable[str], form: FactorForm) -> None:
+    """Raises InputError where a factor of one of the matrices would take another tensor's name."""
+    for name in matrices:
+        X, entry = factored.module_of(name), _entry(source, name, 1, form)
+        taken = {*factored.layout(X, entry, "F32")} - {name}
+        if f"{X}.bias" in source.tensors:
+            taken |= {factored.stored_name(f"{X}.bias", {X: entry})} - {f"{X}.bias"}
+        if clash := taken & source.tensors.keys():
+            raise InputError(
+                f"the source already holds a tensor called {min(clash)}, which a factor of {X} "
+                "needs: leave that matrix out with --exclude."
+            )
 
 
 def assemble_dense(job: Job, certificate: Certificate) -> Certificate:
@@ -103,16 +117,10 @@ def _factored_layout(
     for name, info in source.tensors.items():
         X = factored.module_of(name)
         if name.endswith(".weight") and X in entries:
-            new = factored.layout(X, entries[X], dtype or info.dtype)
+            layout |= factored.layout(X, entries[X], dtype or info.dtype, info.dtype)
         else:
             stored = factored.stored_name(name, entries)
-            new = {stored: TensorLayout(info.dtype, info.shape, info.nbytes)}
-        if clash := layout.keys() & new.keys():
-            raise InputError(
-                f"the source already holds a tensor called {min(clash)}, which a factor needs: "
-                f"leave {X} out with --exclude."
-            )
-        layout |= new
+            layout[stored] = TensorLayout(info.dtype, info.shape, info.nbytes)
     return layout
 
 
@@ -124,9 +132,8 @@ def _write_factors(
     dtype: str | None,
 ) -> None:
     name = decomposition.name
-    target = DTYPES[dtype or source.tensors[name].dtype]
-    factors = decomposition.factors(source.load(name), entry.rank)
-    product = (pivot(factors) if entry.form == "pivoted" else factors).to(target)
+    target = dtype or source.tensors[name].dtype
+    product = rounded_product(decomposition, source.load(name), entry.rank, entry.form, target)
     for part, tensor in factored.encode(factored.module_of(name), product).items():
         if tensor.is_floating_point() and len(tensor):
             _check_overflow(tensor, part)

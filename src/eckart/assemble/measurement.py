@@ -35,7 +35,7 @@ def measure_factored(
     written = open_checkpoint(job.staged)
     for X, entry in sorted(entries.items()):
         known = decompositions[f"{X}.weight"]
-        before, after = job.source.tensors[known.name], _factor_bytes(written, X, entry)
+        parameters, sizes = count_matrix(job.source, written, X, entry)
         spectrum = known.spectrum
         yield _record(
             job,
@@ -43,8 +43,8 @@ def measure_factored(
             entry,
             (written, job.source),
             form=entry.form,
-            parameters=(before.parameters, cost(entry.shape, entry.rank, entry.form)),
-            bytes=(before.nbytes, after),
+            parameters=parameters,
+            bytes=sizes,
             excess_estimate=known.excess_estimate,
             optimum=spectrum.relative_error(entry.rank) if spectrum.complete else None,
             method=known.method,
@@ -56,20 +56,30 @@ def measure_dense(job: Job, entries: Mapping[str, FactoredEntry]) -> Iterator[Ma
     """What multiplying out and rounding to the dense dtype cost, from the written file."""
     written = open_checkpoint(job.staged)
     for X, entry in sorted(entries.items()):
-        after = written.tensors[f"{X}.weight"]
+        (dense, held), (dense_bytes, held_bytes) = count_matrix(written, job.source, X, entry)
         yield _record(
             job,
             X,
             entry,
             (job.source, written),
             form="dense",
-            parameters=(cost(entry.shape, entry.rank, entry.form), after.parameters),
-            bytes=(_factor_bytes(job.source, X, entry), after.nbytes),
+            parameters=(held, dense),
+            bytes=(held_bytes, dense_bytes),
             excess_estimate=0.0,
             optimum=None,
             method="product",
             tail=[],
         )
+
+
+def count_matrix(
+    matrices: Checkpoint, factors: Checkpoint, X: str, entry: FactoredEntry
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns the parameters and the bytes, each of the matrix and of its factors."""
+    dense, dtype = matrices.tensors[f"{X}.weight"], factors.tensors[f"{X}.A.weight"].dtype
+    nbytes = sum(part.nbytes for part in factored.layout(X, entry, dtype).values())
+    parameters = cost(entry.shape, entry.rank, entry.form)
+    return (dense.parameters, parameters), (dense.nbytes, nbytes)
 
 
 def _record(
@@ -97,11 +107,6 @@ def _record(
         metric="frobenius",
         **figures,
     )
-
-
-def _factor_bytes(checkpoint: Checkpoint, X: str, entry: FactoredEntry) -> int:
-    dtype = checkpoint.tensors[f"{X}.A.weight"].dtype
-    return sum(part.nbytes for part in factored.layout(X, entry, dtype).values())
 
 
 def _tail(spectrum: Spectrum, rank: int) -> list[tuple[int, float]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from eckart.assemble.job import Job
 from eckart.checkpoint.documents import read_json
 from eckart.checkpoint.writer import CERTIFICATE, copy_file, write_file
+from eckart.errors import InputError
 
 OTHER_WEIGHTS = (
     ".safetensors",
@@ -33,6 +34,19 @@ def sidecars(folder: Path) -> list[Path]:
     )
 
 
+def check_config(folder: Path) -> None:
+    """Raises InputError unless config.json, where there is one, can take `quantization_config`."""
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    if found := read_json(path).get("quantization_config"):
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise InputError(
+            f"{path} has a quantization_config already ({method}): eckart factors plain weights. "
+            "Give the checkpoint before it was quantized."
+        )
+
+
 def write_sidecars(job: Job, changes: dict[str, object]) -> None:
     """Copies the other files; config.json gains the given keys, and loses those that are None."""
     for path in sidecars(job.source.folder):
@@ -46,5 +60,5 @@ def write_sidecars(job: Job, changes: dict[str, object]) -> None:
         }
         write_file(
             job.staged / "config.json",
-            json.dumps(kept, indent=2, ensure_ascii=False).encode() + b"\n",
+            json.dumps(kept, indent=2).encode("ascii") + b"\n",
         )

@@ -5,6 +5,7 @@ things is refused here instead.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +25,10 @@ def parse_json(text: bytes, name: str) -> dict[str, Any]:
     """Returns the JSON object in `text`; duplicate keys, NaN and non-objects are errors."""
     try:
         document = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
+            text.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
         )
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError too
         raise CheckpointError(f"{name} is not valid JSON: {error}. Download it again.") from None
@@ -50,6 +54,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {key!r} stands there twice")
         found[key] = value
     return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse_constant(text)
 
 
 def _refuse_constant(text: str) -> NoReturn:

@@ -55,8 +55,9 @@ class TensorFile:
         header, self._places = _lay_out(layout)
         self._start = 8 + len(header)
         size = self._start + max((end for _, end in self._places.values()), default=0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with _storage(path):
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+            self._descriptor = os.open(path, flags, 0o666)  # less the umask
             os.truncate(self._descriptor, size)
             self._write(len(header).to_bytes(8, "little") + header, 0)
 
@@ -103,8 +104,9 @@ def new_output(out: Path, *, inputs: list[Path], force: bool) -> Generator[Path]
     except OSError as error:
         raise StorageError(f"cannot create {printable(work)}: {error.strerror}.") from None
     try:
-        (work / "output").mkdir()
+        new_folder(work / "output")
         yield work
+        check_output(out, inputs=inputs, force=force)  # again: the run may have taken hours
         with _storage(out):
             _publish(work, out)
     finally:
@@ -116,8 +118,8 @@ def new_output(out: Path, *, inputs: list[Path], force: bool) -> Generator[Path]
 
 def check_output(out: Path, *, inputs: list[Path], force: bool) -> None:
     """Raises UsageError unless `out` is a place where an output may be written."""
-    resolved = out.resolve()
-    for folder in (path.resolve() for path in inputs):
+    resolved = _resolved(out)
+    for folder in map(_resolved, inputs):
         if resolved == folder or resolved.is_relative_to(folder):
             raise UsageError(
                 f"the output {printable(out)} is inside the input {printable(folder)}: choose "
@@ -137,6 +139,12 @@ def check_output(out: Path, *, inputs: list[Path], force: bool) -> None:
             f"{printable(out)} was not written by eckart, so --force does not replace it: choose "
             "another -o."
         )
+
+
+def new_folder(path: Path) -> None:
+    """Makes a folder that must not exist, in one that must."""
+    with _storage(path):
+        path.mkdir()
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -173,6 +181,10 @@ def _lay_out(layout: Mapping[str, TensorLayout]) -> tuple[bytes, dict[str, tuple
     return text + b" " * (-len(text) % 8), places
 
 
+def _resolved(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises on a link to itself
+
+
 def _is_ours(folder: Path) -> bool:
     try:
         return b'"schema":"eckart/' in (folder / CERTIFICATE).read_bytes()
@@ -187,8 +199,15 @@ def _publish(work: Path, out: Path) -> None:
     old = work / "replaced"
     if out.exists():
         out.rename(old)
-    staged.rename(out)
-    _sync(out.parent)
+    try:
+        staged.rename(out)
+        _sync(out.parent)
+    except BaseException:  # whatever it was, `out` must be as it was
+        if not staged.exists():
+            out.rename(staged)
+        if old.exists():
+            old.rename(out)
+        raise
 
 
 def _sync(path: Path) -> None:

@@ -28,12 +28,17 @@ def module_of(matrix: str) -> str:
     return matrix.removesuffix(".weight")
 
 
-def layout(X: str, entry: FactoredEntry, dtype: str) -> dict[str, TensorLayout]:
-    """Returns the tensors that stand for the factored matrix of module X, the guard among them."""
+def layout(
+    X: str, entry: FactoredEntry, dtype: str, guard: str | None = None
+) -> dict[str, TensorLayout]:
+    """Returns the tensors that stand for the factored matrix of module X, the guard among them.
+
+    Factors have `dtype`; the guard has the matrix's own, `guard`, where that differs.
+    """
     (m, n), r = entry.shape, entry.rank
     tensors = {
         f"{X}.A.weight": TensorLayout.of(dtype, (r, n)),
-        f"{X}.weight": TensorLayout.of(dtype, (0,)),
+        f"{X}.weight": TensorLayout.of(guard or dtype, (0,)),
     }
     if entry.form == "ba":
         tensors[f"{X}.B.weight"] = TensorLayout.of(dtype, (m, r))
@@ -54,9 +59,9 @@ def encode(X: str, product: Product) -> dict[str, Tensor]:
 
 def decode(source: Source, X: str, entry: FactoredEntry) -> Product:
     """Returns the factors of module X as they are stored; PromiseError where they do not fit."""
-    stored = source.tensors.get(f"{X}.A.weight")
+    stored, guard = (source.tensors.get(f"{X}{part}") for part in (".A.weight", ".weight"))
     dtype = stored.dtype if stored else "F32"
-    for name, expected in layout(X, entry, dtype).items():
+    for name, expected in layout(X, entry, dtype, guard.dtype if guard else None).items():
         found = source.tensors.get(name)
         if found is None or (found.dtype, found.shape) != (expected.dtype, expected.shape):
             what = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
