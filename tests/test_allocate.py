@@ -315,3 +315,11 @@ def test_a_zero_matrix_is_worth_its_whole_size_at_rank_1():
 def test_no_matrix_at_all_is_no_choice_at_all():
     """Everything targeted was copied already: nothing to choose, within any budget of 1."""
     assert Keep(1.0).choose({}, {"v": (1, 5)}, "ba") == {}
+
+
+def test_an_exactly_low_rank_matrix_is_factored_whatever_the_budget():
+    """What factoring loses there is rounding, so dense is not worth its price."""
+    flat = spectrum((64, 48), values=[3.0, 2.0] + [1e-8] * 46)
+
+    assert Keep(1.0).choose({"a": flat}, {}, "ba") == {"a": Choice(2)}
+    assert Keep(0.5).choose({"a": flat}, {}, "ba") == {"a": Choice(2)}

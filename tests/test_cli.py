@@ -242,7 +242,7 @@ def test_tables_fit_every_terminal(width, src, out, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("FORCE_COLOR", "1")
     for name in LINES:
-        force = ("--force",) if name in ("compress", "densify") else ()
+        force = ("--force",) if "-o" in line(name, src, out) else ()
         done = eckart(*line(name, src, out), *force)
         plain = re.sub("\x1b\\[[0-9;]*m", "", done.out)
 
@@ -359,3 +359,16 @@ def test_a_signal_leaves_nothing_half_made(number, code, tmp_path):
     assert run.returncode == code
     assert time.monotonic() - begun < 5
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [("--dtype", "int3"), ("--device", "tpu"), ()],
+    ids=["dtype", "device", "output exists"],
+)
+def test_a_dry_run_refuses_what_the_run_would(wrong, src, out):
+    """Whatever headers and options show is said before anything is read."""
+    target = out if wrong == () else out.with_name("new")
+
+    asked = ("compress", src, "-o", target, "--rank", "2", *wrong)
+    assert eckart(*asked, "--dry-run").code == eckart(*asked).code == 2

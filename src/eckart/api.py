@@ -81,12 +81,23 @@ def plan(
     path: PathLike,
     policy: RankPolicy,
     *,
+    out: PathLike | None = None,
     form: Form = "ba",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    dtype: str | None = None,
+    device: str = "cpu",
+    force: bool = False,
 ) -> Plan:
-    """Returns what `compress` would do, from headers alone; writes nothing."""
+    """Returns what `compress` would do, from headers alone; writes nothing.
+
+    Refuses whatever `compress` would refuse before it reads a weight.
+    """
+    stored_dtype(dtype)
+    check_device(device)
     source = _open_dense(Path(path))
+    if out is not None:
+        check_output(Path(out), inputs=[source.folder], force=force)
     shapes, copied = _targets(source, policy, form, include, exclude)
     planned = [_planned(name, shape, policy, form) for name, shape in shapes.items()]
     return Plan(planned, copied)
@@ -117,8 +128,8 @@ def compress(
     Raises UsageError (options, output exists), InputError (the checkpoint), StorageError.
     """
     policy = policy_of(rank=rank, energy=energy, error=error, keep=keep)
-    stored = _dtype(dtype)
-    _check_device(device)
+    stored = stored_dtype(dtype)
+    check_device(device)
     source, target = _open_dense(Path(path)), Path(out)
     check_output(target, inputs=[source.folder], force=force)
     shapes, copied = _targets(source, policy, form, include, exclude)
@@ -278,8 +289,8 @@ def _shape(source: Checkpoint, name: str) -> tuple[int, int]:
     return m, n
 
 
-def _dtype(dtype: str | None) -> str | None:
-    """safetensors' name of the dtype that the user named."""
+def stored_dtype(dtype: str | None) -> str | None:
+    """Returns safetensors' name of the dtype that the user named."""
     if dtype is None:
         return None
     names = {str(DTYPES[name]).removeprefix("torch."): name for name in FLOATING}
@@ -288,7 +299,8 @@ def _dtype(dtype: str | None) -> str | None:
     return names[dtype]
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raises UsageError unless torch can compute on the device here."""
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise UsageError(f"--device {device} is not supported: choose cpu or cuda.")
     try:

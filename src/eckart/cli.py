@@ -123,7 +123,16 @@ def compress(
     policy = api.policy_of(rank=rank, energy=energy, error=error, keep=keep)
     chosen = {"include": include or (), "exclude": exclude or ()}
     if dry_run:
-        plan = api.plan(source, policy, form=form.value, **chosen)
+        plan = api.plan(
+            source,
+            policy,
+            out=output,
+            form=form.value,
+            dtype=dtype,
+            device=device,
+            force=force,
+            **chosen,
+        )
         if json:
             _print_json(plan)
         elif not quiet:

@@ -16,9 +16,10 @@ def matrix_rank(
 
     `rtol` defaults to max(m, n)·ε of the dtype computed in (float32 for half precision, whose
     entries are then taken at their word: for the rank above their rounding noise use
-    `signal_rank`); `atol` alone switches it off, as numpy's `tol` does. A vector has rank 1, or 0 if it is zero. A batch (…, m, n) gives nested lists
-    of ranks, one per matrix. The comparison is strict: a value exactly at the threshold does not
-    count, so the zero matrix has rank 0.
+    `signal_rank`); `atol` alone switches it off, as numpy's `tol` does. A vector has rank 1, or
+    0 if it is zero. A batch (…, m, n) gives nested lists of ranks, one per matrix. The
+    comparison is strict: a value exactly at the threshold does not count, so the zero matrix has
+    rank 0.
 
     Cost: the singular values, about 4mn·min(m, n)/3 flops.
 
