@@ -240,7 +240,7 @@ def recompress(
         svd = truncated_svd(core, rank=rank, energy=energy, error=error, method="exact", name=name)
     dtype = torch.promote_types(factors.B.dtype, torch.float32)
     m, n = factors.shape
-    known = svd.spectrum.values  # all of the core's; the product has no others but zeros
+    known = svd.s if svd.values is None else svd.values  # the product has no others but zeros
     return TruncatedSVD(
         (Qb @ svd.U).to(dtype),
         svd.s.to(dtype),

@@ -1,0 +1,181 @@
+"""A block Krylov space that grows product by product, and the estimate of what is still to come.
+
+Knows tensors; must not know files, nor what the space is grown for: that is `randomized`.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eckart.linalg.orthogonal import Basis, extend, orthonormalize
+
+GAIN_SAFETY = 1.5
+"""Heuristic, measured: from step 3 on, what was still missing was at most this times the gain of
+the last step, on 45 families of spectra (polynomial, geometric, steps, spikes, Gaussian)."""
+
+EXTRAPOLATION_SAFETY = 5.0
+"""Heuristic, measured on the same: the geometric extrapolation of the gains was at worst 2.5
+times too small (a flat bulk under a few spikes)."""
+
+TEST_COST = 6
+"""A test costs about as much as a product where s³ = 12·mnb; half of that is worth it."""
+
+
+class GolubKahan:
+    """Block Golub–Kahan bidiagonalization with full reorthogonalization.
+
+    Golub, Luk & Overton (1981), from a random start: the bases span the Krylov spaces of Musco &
+    Musco (2015, Algorithm 2), but every product also gives the projected matrix, so that no
+    further pass over W is needed to know the Ritz values. Two departures: the projected matrix
+    holds the coefficients as computed, not only the two blocks per column that exact arithmetic
+    would leave; and directions of a block that are only rounding are dropped.
+    """
+
+    def __init__(self, W: Tensor, start: Float[Tensor, "n b"], energy: float) -> None:
+        self.W = W
+        self.noise = 4 * torch.finfo(W.dtype).eps * math.sqrt(energy)  # of a vanishing product
+        m, n = W.shape
+        self.right, self.left = Basis(n, W), Basis(m, W)
+        self.right.append(orthonormalize(start)[0])
+        self.products = 0
+        empty = torch.zeros(0, 0, dtype=torch.float64)
+        self._projected = {True: empty, False: empty}
+
+    @property
+    def forward(self) -> bool:
+        """Whether the last product was with W, and not with Wᵀ."""
+        return self.products % 2 == 1
+
+    @property
+    def source(self) -> Basis:
+        """The side that was multiplied last."""
+        return self.right if self.forward else self.left
+
+    @property
+    def target(self) -> Basis:
+        """The side that the last product reached."""
+        return self.left if self.forward else self.right
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last product gave no new direction: the spaces are invariant."""
+        return self.target.newest == 0
+
+    @property
+    def projected(self) -> Float[Tensor, "t s"]:
+        """M with W·right = left·M after a product with W, Wᵀ·left = right·M after the other."""
+        return self._projected[self.forward]
+
+    def advance(self) -> None:
+        """Multiplies the newest block and extends the other side's basis by the result."""
+        self.products += 1
+        X = self.source.block
+        Z = product(self.W, X) if self.forward else product(X.mT, self.W).mT
+        Q, C, R = extend(self.target, Z, self.noise)
+        self.target.append(Q)
+        old, column = self.projected, torch.cat([C, R])
+        new = old.new_zeros(len(column), old.shape[1] + column.shape[1])
+        new[: len(old), : old.shape[1]] = old
+        new[:, old.shape[1] :] = column
+        self._projected[self.forward] = new
+
+    @property
+    def worth_a_test(self) -> bool:
+        """Whether the stop rule should be tested now: after every product, later every step.
+
+        The Ritz values of s columns take some s³ flops at LAPACK's speed, a product 2mnb at that
+        of matrix products, and a test pays if it saves a product every second time.
+        """
+        m, n = self.W.shape
+        cheap = TEST_COST * self.source.count**3 <= m * n * self.source.newest
+        return cheap or not self.forward
+
+    def ritz(self) -> Float[Tensor, " s"]:
+        """Returns the squared singular values of the projected matrix, descending.
+
+        By its Gram matrix, whose rounding is below that of float32; for float64 by its SVD.
+        """
+        M = self.projected
+        if self.W.dtype == torch.float64:
+            return torch.linalg.svdvals(M).square()
+        return torch.linalg.eigvalsh(M.mT @ M).flip(0).clamp(min=0)
+
+    def triplets(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the leading min(rank, known) Ritz triplets U, s, Vh.
+
+        From the Gram matrix MᵀM where that costs no digit of W's dtype, which is where
+        ε₆₄·(σ₁/σ_r)² is below its ε; else from the SVD of M (always in float64).
+        """
+        M = self.projected
+        squares, X = torch.linalg.eigh(M.mT @ M)
+        X, s = X[:, -rank:].flip(1), squares[-rank:].flip(0).clamp(min=0).sqrt()
+        digits = torch.finfo(torch.float64).eps / torch.finfo(self.W.dtype).eps
+        if float(s[-1]) ** 2 > digits * float(s[0]) ** 2:
+            Y = M @ X / s
+        else:
+            Y, s, Zh = torch.linalg.svd(M, full_matrices=False)
+            Y, s, X = Y[:, :rank], s[:rank], Zh[:rank].mT
+        reached = self.target.vectors @ Y.to(self.W)
+        started = self.source.vectors @ X.to(self.W)
+        U, V = (reached, started) if self.forward else (started, reached)
+        return U, s.to(self.W), V.mT
+
+
+class Progress:
+    """The squared Ritz values after each tested product, and what they say of the next ones."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.rounding = torch.finfo(dtype).eps * math.sqrt(max(shape))
+        self._ritz: dict[int, Tensor] = {}
+
+    def record(self, products: int, ritz: Float[Tensor, " s"]) -> None:
+        """Keeps the values after so many products."""
+        self._ritz[products] = ritz
+
+    def remaining(self, rank: int) -> float:
+        """Returns an estimate of the energy that further steps would still add to the top `rank`.
+
+        The smaller of 1.5 × the gain of the last step (two products) and 7.5 × h·ρ/(1 − ρ), the
+        geometric series that continues the last three gains h, with the larger of their two ratios
+        as ρ. Inf while there are too few values to tell.
+        """
+        now = max(self._ritz)
+        estimate = self._gain(now - 2, now, rank)
+        stride = now - max((test for test in self._ritz if test < now), default=now - 1)
+        last, before, first = (
+            self._gain(now - (k + 1) * stride, now - k * stride, rank) for k in range(3)
+        )
+        if 0 < before < math.inf and 0 < first < math.inf:
+            ratio = max(last / before, before / first)
+            if ratio < 1:
+                series = last * ratio / (1 - ratio)
+                estimate = min(estimate, EXTRAPOLATION_SAFETY * series)
+        return GAIN_SAFETY * estimate
+
+    def _gain(self, old: int, new: int, rank: int) -> float:
+        """Σ(new − old) of the leading values, without those that have converged.
+
+        In float32 a converged value still moves by some 10⁻⁶ of itself from product to product
+        (sums of n terms, in another order), and σ₁² may be far more than the tail. One that moved
+        by less than ε·√max(m, n) of itself is left out: the next product reduces what it lacks by
+        (σ_tail/σᵢ)², to below ε·√max(m, n)·σ_tail².
+        """
+        before = self._ritz.get(old)
+        if before is None or len(before) < rank or len(self._ritz[new]) < rank:
+            return math.inf
+        after = self._ritz[new][:rank]
+        change = after - before[:rank]
+        return max(0.0, float(change[change > self.rounding * after].sum()))
+
+
+def product(A: Float[Tensor, "p q"], B: Float[Tensor, "q k"]) -> Float[Tensor, "p k"]:
+    """Returns A·B where one of the two is a narrow block.
+
+    For float32 on the CPU by oneDNN, whose kernels take 40–80 % of MKL's time at 16 to 128
+    columns (bench/RESULTS.md), in float32 throughout.
+    """
+    if A.device.type == "cpu" and A.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(A, B.mT, None, "none", [], "")
+    return A @ B
