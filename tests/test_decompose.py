@@ -90,7 +90,7 @@ def test_a_part_holds_u_alone_in_float32(checkpoint, tmp_path):
 
 
 def open_checkpoint_file(path):
-    from eckart.checkpoint.source import read_header
+    from eckart.checkpoint.header import read_header
 
     return read_header(path)
 

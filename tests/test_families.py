@@ -2,7 +2,7 @@
 
 import pytest
 
-from eckart.checkpoint.source import TensorInfo
+from eckart.checkpoint.header import TensorInfo
 from eckart.errors import UsageError
 from eckart.families import matrices
 

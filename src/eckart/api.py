@@ -20,8 +20,10 @@ from eckart.certificate import (
     SourceRecord,
     read_certificate,
 )
+from eckart.checkpoint.header import DTYPES
 from eckart.checkpoint.paths import printable
-from eckart.checkpoint.source import DTYPES, Checkpoint, open_checkpoint
+from eckart.checkpoint.source import Checkpoint, open_checkpoint
+from eckart.checkpoint.tensor_file import SHARD_BYTES
 from eckart.checkpoint.writer import CERTIFICATE, check_output, new_output
 from eckart.decompose import Request, decompose
 from eckart.errors import CheckpointError, InputError, UsageError
@@ -117,6 +119,7 @@ def compress(
     dtype: str | None = None,
     seed: int = 0,
     device: str = "cpu",
+    shard_bytes: int = SHARD_BYTES,
     force: bool = False,
 ) -> Certificate:
     """Factors the matrices of a checkpoint, writes it in format 1, and returns its certificate.
@@ -154,7 +157,7 @@ def compress(
         "threads": torch.get_num_threads(),
     }
     with new_output(target, inputs=[source.folder], force=force) as work:
-        job = Job(source, work / "output", seed, options)
+        job = Job(source, work / "output", seed, options, shard_bytes)
         done, failed = decompose(source, requests, work, seed=seed, device=device)
         choices |= {name: Choice(None, f"dense: {reason}") for name, reason in failed.items()}
         dense = {name: shapes[name] for name in choices}
@@ -164,7 +167,9 @@ def compress(
         return assemble_factored(job, choices, copied, done, form=form, dtype=stored)
 
 
-def densify(path: PathLike, out: PathLike, *, force: bool = False) -> Certificate:
+def densify(
+    path: PathLike, out: PathLike, *, shard_bytes: int = SHARD_BYTES, force: bool = False
+) -> Certificate:
     """Multiplies a factored checkpoint out into a dense one that any loader reads."""
     folder, target = Path(path), Path(out)
     certificate = read_certificate(folder)
@@ -174,7 +179,9 @@ def densify(path: PathLike, out: PathLike, *, force: bool = False) -> Certificat
         raise CheckpointError(f"{printable(folder)} is damaged: {files.detail}.")
     source = open_checkpoint(folder)
     with new_output(target, inputs=[folder], force=force) as work:
-        return assemble_dense(Job(source, work / "output", 0, {"seed": 0}), certificate)
+        return assemble_dense(
+            Job(source, work / "output", 0, {"seed": 0}, shard_bytes), certificate
+        )
 
 
 def verify(out: PathLike, against: PathLike | None = None) -> list[Check]:

@@ -1,6 +1,7 @@
 """The command line: parse, call `api`, print. torch is imported inside commands only."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Generator
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from eckart import __version__
-from eckart.errors import EckartError, PromiseError
+from eckart.errors import EckartError, PromiseError, UsageError
 
 app = typer.Typer(
     name="eckart",
@@ -33,7 +34,7 @@ class FormOption(StrEnum):
     pivoted = "pivoted"
 
 
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder with model.safetensors.")]
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a safetensors checkpoint.")]
 Out = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write.")]
 Include = Annotated[
     list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these matrices.")
@@ -46,6 +47,9 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but er
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that eckart wrote.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 Device = Annotated[str, typer.Option("--device", help="Where to factor: cpu, cuda, cuda:1.")]
+ShardSize = Annotated[
+    str, typer.Option("--shard-size", metavar="BYTES", help="Largest weight file: 5GB, 500MB, …")
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads per matrix.")]
 
 
@@ -110,6 +114,7 @@ def compress(
     ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    shard_size: ShardSize = "5GB",
     threads: Threads = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read headers only.")] = False,
     json: Json = False,
@@ -120,6 +125,7 @@ def compress(
     from eckart import api
     from eckart.screen import certificate_table, plan_table
 
+    shard_bytes = _bytes(shard_size)
     policy = api.policy_of(rank=rank, energy=energy, error=error, keep=keep)
     chosen = {"include": include or (), "exclude": exclude or ()}
     if dry_run:
@@ -150,6 +156,7 @@ def compress(
             dtype=dtype,
             seed=seed,
             device=device,
+            shard_bytes=shard_bytes,
             force=force,
             **chosen,
         )
@@ -164,6 +171,7 @@ def compress(
 def densify(
     factored: Annotated[Path, typer.Argument(metavar="FACTORED", help="A factored checkpoint.")],
     output: Out,
+    shard_size: ShardSize = "5GB",
     threads: Threads = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -173,8 +181,9 @@ def densify(
     from eckart import api
     from eckart.screen import certificate_table
 
+    shard_bytes = _bytes(shard_size)
     with _threads(threads):
-        certificate = api.densify(factored, output, force=force)
+        certificate = api.densify(factored, output, shard_bytes=shard_bytes, force=force)
     if json:
         _print_json(certificate.document())
     elif not quiet:
@@ -233,6 +242,19 @@ def main() -> None:
 def _terminate(number: int, frame: object) -> NoReturn:
     """Leaves through every `finally`, so that nothing half-made stays behind."""
     sys.exit(128 + number)
+
+
+def _bytes(text: str) -> int:
+    """The bytes that "5GB", "500MB", "1GiB" or "4096" say."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(k|m|g|t)?(i)?b?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise UsageError(f"--shard-size {text} is no size: write 5GB, 500MB, 1GiB or a number.")
+    number, unit, binary = found.groups()
+    power = " kmgt".index(unit.lower()) if unit else 0
+    size = int(float(number) * (1024 if binary else 1000) ** power)
+    if size < 1:
+        raise UsageError(f"--shard-size {text} is out of range: choose 1 byte or more.")
+    return size
 
 
 @contextmanager

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eckart.checkpoint.source import Checkpoint, Source, read_header
-from eckart.checkpoint.writer import TensorFile, TensorLayout, new_folder
+from eckart.checkpoint.header import read_header
+from eckart.checkpoint.source import Checkpoint, Source
+from eckart.checkpoint.tensor_file import TensorFile, TensorLayout
+from eckart.checkpoint.writer import new_folder
 from eckart.errors import FactorizationError
 from eckart.linalg.exact import TruncatedSVD, exact_svd
 from eckart.linalg.factors import Factors

@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from eckart.checkpoint.header import TensorInfo
 from eckart.checkpoint.paths import printable
-from eckart.checkpoint.source import TensorInfo
 from eckart.errors import UsageError
 
 FLOATING = ("F64", "F32", "F16", "BF16")

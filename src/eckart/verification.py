@@ -19,14 +19,9 @@ from eckart.certificate import (
     read_certificate,
 )
 from eckart.checkpoint.documents import canonical_json, read_json
+from eckart.checkpoint.header import TensorInfo, file_sha256
 from eckart.checkpoint.paths import printable
-from eckart.checkpoint.source import (
-    Checkpoint,
-    Source,
-    TensorInfo,
-    file_sha256,
-    open_checkpoint,
-)
+from eckart.checkpoint.source import Checkpoint, Source, open_checkpoint
 from eckart.checkpoint.writer import CERTIFICATE
 from eckart.errors import CheckpointError, EckartError, PromiseError
 from eckart.formats import dense, factored

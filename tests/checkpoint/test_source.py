@@ -7,8 +7,10 @@ import pytest
 import torch
 from builders import WEIGHTS, small_tensors, write_checkpoint, write_raw
 
+from eckart.checkpoint import header
 from eckart.checkpoint import source as module
-from eckart.checkpoint.source import DTYPES, open_checkpoint, read_header
+from eckart.checkpoint.header import DTYPES, read_header
+from eckart.checkpoint.source import open_checkpoint
 from eckart.errors import CheckpointError, DtypeError
 
 KINDS = {
@@ -108,13 +110,14 @@ def test_opening_reads_headers_only(tmp_path, monkeypatch):
     """No byte of a tensor is touched until it is loaded."""
     src = write_checkpoint(tmp_path / "src")
     size = int.from_bytes((src / WEIGHTS).read_bytes()[:8], "little") + 8
-    real, ends = module.read_into, []
+    real, ends = header.read_into, []
 
     def recorded(descriptor, buffer, offset, path):
         ends.append(offset + len(buffer))
         return real(descriptor, buffer, offset, path)
 
-    monkeypatch.setattr(module, "read_into", recorded)
+    for place in (module, header):
+        monkeypatch.setattr(place, "read_into", recorded)
     open_checkpoint(src)
 
     assert max(ends) == size

@@ -8,14 +8,9 @@ import torch
 from builders import raw_header, small_tensors, snapshot
 from safetensors.torch import load_file, save_file
 
-from eckart.checkpoint.writer import (
-    TensorFile,
-    TensorLayout,
-    check_output,
-    copy_file,
-    new_output,
-    write_file,
-)
+from eckart.checkpoint.paths import write_file
+from eckart.checkpoint.tensor_file import TensorFile, TensorLayout
+from eckart.checkpoint.writer import check_output, copy_file, new_output
 from eckart.errors import BusyError, StorageError, UsageError
 
 

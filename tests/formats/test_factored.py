@@ -25,7 +25,7 @@ def product(form, rank=3, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F64"])
 def test_layout_is_what_encode_gives_and_decode_takes_back(form, rank, dtype, tmp_path):
     """Names, shapes and dtypes agree, and the numbers come back to the bit."""
-    from eckart.checkpoint.source import DTYPES
+    from eckart.checkpoint.header import DTYPES
 
     made = product(form, rank, DTYPES[dtype])
     tensors = factored.encode("x.y", made)

@@ -19,8 +19,10 @@ from eckart.certificate import (
     SourceRecord,
     Totals,
 )
-from eckart.checkpoint.source import Checkpoint, file_sha256, open_checkpoint
-from eckart.checkpoint.writer import CERTIFICATE, write_file
+from eckart.checkpoint.header import file_sha256
+from eckart.checkpoint.paths import write_file
+from eckart.checkpoint.source import Checkpoint, open_checkpoint
+from eckart.checkpoint.writer import CERTIFICATE
 
 
 def certify(

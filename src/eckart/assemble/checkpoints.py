@@ -11,8 +11,8 @@ from eckart.assemble.measurement import measure_dense, measure_factored
 from eckart.assemble.promises import rounded_product
 from eckart.assemble.sidecars import write_sidecars
 from eckart.certificate import Certificate, FactoredEntry, FactorForm
-from eckart.checkpoint.source import WEIGHTS, Checkpoint
-from eckart.checkpoint.writer import TensorFile, TensorLayout
+from eckart.checkpoint.source import Checkpoint
+from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout
 from eckart.decompose import Decomposition
 from eckart.errors import InputError, PromiseError
 from eckart.formats import dense, factored
@@ -39,7 +39,7 @@ def assemble_factored(
         for name, choice in choices.items()
         if choice.rank is not None
     }
-    file = TensorFile(job.staged / WEIGHTS, _factored_layout(source, entries, dtype))
+    file = TensorFiles(job.staged, _factored_layout(source, entries, dtype), job.shard_bytes)
     for name in source.tensors:
         X = factored.module_of(name)
         if name.endswith(".weight") and X in entries:
@@ -86,7 +86,7 @@ def assemble_dense(job: Job, certificate: Certificate) -> Certificate:
             layout[original] = TensorLayout(info.dtype, info.shape, info.nbytes)
     for X, entry in entries.items():
         layout |= dense.layout(X, entry, dtypes[X])
-    file = TensorFile(job.staged / WEIGHTS, layout)
+    file = TensorFiles(job.staged, layout, job.shard_bytes)
     for name, original in names.items():
         file.write(original, source.raw(name))
     for X, entry in entries.items():
@@ -125,7 +125,7 @@ def _factored_layout(
 
 
 def _write_factors(
-    file: TensorFile,
+    file: TensorFiles,
     source: Checkpoint,
     decomposition: Decomposition,
     entry: FactoredEntry,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from eckart.certificate import Options
 from eckart.checkpoint.source import Checkpoint
+from eckart.checkpoint.tensor_file import SHARD_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,5 +18,6 @@ class Job:
     staged: Path
     seed: int
     options: Options
+    shard_bytes: int = SHARD_BYTES
     began: float = field(default_factory=time.monotonic)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))

@@ -7,7 +7,8 @@ import torch
 
 from eckart.allocate import Choice, paying_rank
 from eckart.certificate import FactorForm
-from eckart.checkpoint.source import DTYPES, Checkpoint
+from eckart.checkpoint.header import DTYPES
+from eckart.checkpoint.source import Checkpoint
 from eckart.decompose import Decomposition
 from eckart.linalg.factors import Factors, PivotedFactors, pivot
 from eckart.linalg.residual import relative_error

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from eckart.assemble.job import Job
 from eckart.checkpoint.documents import read_json
-from eckart.checkpoint.writer import CERTIFICATE, copy_file, write_file
+from eckart.checkpoint.paths import write_file
+from eckart.checkpoint.writer import CERTIFICATE, copy_file
 from eckart.errors import InputError
 
 OTHER_WEIGHTS = (

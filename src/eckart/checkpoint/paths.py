@@ -3,9 +3,11 @@
 import os
 import stat
 import unicodedata
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
-from eckart.errors import CheckpointError
+from eckart.errors import CheckpointError, StorageError
 
 
 def open_regular(path: Path) -> int:
@@ -67,3 +69,22 @@ def printable(name: object) -> str:
         c.encode("unicode_escape").decode() if unicodedata.category(c)[0] == "C" else c
         for c in text
     )
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes and syncs a new file."""
+    with storage_errors(path), path.open("xb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextmanager
+def storage_errors(path: Path) -> Generator[None]:
+    """Turns the operating system's refusals into one sentence and exit code 5."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {printable(path)}: {error.strerror}. Free space or choose another -o."
+        ) from None

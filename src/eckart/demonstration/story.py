@@ -15,7 +15,8 @@ from rich.table import Table
 import eckart
 from eckart import api
 from eckart.certificate import Certificate
-from eckart.checkpoint.writer import copy_file, write_file
+from eckart.checkpoint.paths import write_file
+from eckart.checkpoint.writer import copy_file
 from eckart.errors import PromiseError, UsageError
 
 KEEPS = (0.8, 0.6)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from eckart.certificate import FactoredEntry
-from eckart.checkpoint.source import DTYPES, Source
-from eckart.checkpoint.writer import TensorLayout
+from eckart.checkpoint.header import DTYPES
+from eckart.checkpoint.source import Source
+from eckart.checkpoint.tensor_file import TensorLayout
 from eckart.formats import factored as format1
 
 ROWS = 4096

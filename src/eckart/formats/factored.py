@@ -14,7 +14,7 @@ from torch import Tensor
 from eckart.certificate import FactoredEntry
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
-from eckart.checkpoint.writer import TensorLayout
+from eckart.checkpoint.tensor_file import TensorLayout
 from eckart.errors import PromiseError
 from eckart.linalg.factors import Factors, PivotedFactors
 
