@@ -1,0 +1,56 @@
+"""What the README shows is what happens."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from builders import eckart
+
+from eckart.demonstration.story import embedded
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_of_the_readme_runs_and_prints_its_comments(capsys):
+    """The ten lines print the rank and the counts that stand beside them."""
+    (code,) = (text for language, text in BLOCKS if language == "python")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        exec(compile(code, "README.md", "exec"), {})
+
+    assert capsys.readouterr().out.splitlines() == ["2", "100 → 40"]
+    assert "print(eckart.matrix_rank(W))  # 2" in code
+    assert 'print(W.numel(), "→", f.parameters)  # 100 → 40' in code
+
+
+@pytest.fixture
+def at_home(tmp_path, monkeypatch) -> Path:
+    """An empty folder with the embedded model in it, as MODEL."""
+    (tmp_path / "MODEL").symlink_to(embedded("models", "base"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_commands_of_the_readme_run(at_home):
+    """inspect, compress, verify and densify, as they stand there, on the embedded model."""
+    (block,) = (text for _, text in BLOCKS if "eckart inspect  MODEL" in text)
+    commands = [line.partition("#")[0].split() for line in block.strip().splitlines()]
+    codes = [eckart(*command[1:]).code for command in commands]
+
+    assert [command[1] for command in commands] == ["inspect", "compress", "verify", "densify"]
+    assert codes == [0, 0, 0, 0]
+
+
+def test_the_tree_of_the_readme_has_a_line_for_every_file():
+    """Every module, and none that is gone."""
+    (tree,) = (text for _, text in BLOCKS if text.startswith("src/eckart/"))
+    named = re.findall(r"[├└]── (\w+\.py)", tree)
+    folder = ROOT / "src" / "eckart"
+    modules = [path.name for path in folder.rglob("*.py")]
+    packages = [path.parent.name for path in folder.glob("*/__init__.py")]
+
+    assert sorted(named) == sorted([*(m for m in modules if m != "__init__.py"), "__init__.py"])
+    assert all(f"── {package}/" in tree for package in packages)
