@@ -11,7 +11,7 @@ help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 demo: $(VENV)/.demo  ## the whole story on the embedded models, into ./eckart-demo
-	$(BIN)/eckart demo
+	$(BIN)/eckart demo --force
 
 test: $(VENV)/.dev  ## every test
 	$(BIN)/pytest
