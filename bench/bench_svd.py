@@ -187,7 +187,7 @@ def against_exact(n: int, rank: int) -> str:
 def heading() -> str:
     """Returns date, commit, machine, threads, dtype and load."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
     load = Path("/proc/loadavg")
     return (

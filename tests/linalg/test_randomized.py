@@ -280,6 +280,7 @@ def test_ritz_values_never_exceed_the_singular_values():
     W = matrix_with_spectrum(SPECTRA["slow"], 150, 120)
     space = GolubKahan(W, torch.randn(120, 16, dtype=torch.float64, generator=_seeded()), 1.0)
     captured = []
+    space.advance()
     for _ in range(6):
         space.advance()
         ritz = space.ritz()[:16]
@@ -291,9 +292,10 @@ def test_ritz_values_never_exceed_the_singular_values():
 
 
 def test_projected_matrix_is_the_matrix_in_its_bases():
-    """W·right = left·M after a forward product, Wᵀ·left = right·M after the other."""
+    """Wᵀ·left = right·M after a product with Wᵀ, W·right = left·M after one with W."""
     W = matrix_with_spectrum(SPECTRA["slow"], 150, 120)
     space = GolubKahan(W, torch.randn(120, 16, dtype=torch.float64, generator=_seeded()), 1.0)
+    space.advance()
     for _ in range(5):
         space.advance()
         A = W if space.forward else W.mT
@@ -304,22 +306,31 @@ def test_projected_matrix_is_the_matrix_in_its_bases():
         )
 
 
-def test_remaining_needs_three_tests():
-    """With fewer Ritz values than the rank, or fewer than three tests, nothing can be said."""
+def test_remaining_needs_a_whole_step():
+    """The gain of a step needs the values two products before, and as many as the rank."""
     progress = Progress((9, 9), torch.float64)
-    progress.record(1, torch.tensor([1.0, 0.5]))
-    progress.record(2, torch.tensor([1.5, 0.6]))
+    progress.record(2, torch.tensor([1.0, 0.5]))
+    progress.record(3, torch.tensor([1.5, 0.6]))
 
     assert progress.remaining(2) == math.inf
-    progress.record(3, torch.tensor([1.6, 0.65]))
+    progress.record(4, torch.tensor([1.6, 0.65]))
     assert progress.remaining(2) == pytest.approx(1.5 * 0.75)
     assert progress.remaining(3) == math.inf
+
+
+def test_first_product_is_but_a_picture():
+    """Its values come from a start that is not orthonormal: no step is measured from them."""
+    progress = Progress((9, 9), torch.float64)
+    for k in (1, 2, 3):
+        progress.record(k, torch.tensor([1.0]))
+
+    assert progress.remaining(1) == math.inf
 
 
 def test_remaining_follows_the_geometric_series():
     """Gains 1, 0.01, 0.0001: the series says 10⁻⁶, and five times 1.5 of it is the estimate."""
     progress = Progress((9, 9), torch.float64)
-    for k, value in enumerate([1.0, 2.0, 2.01, 2.0101]):
+    for k, value in enumerate([1.0, 2.0, 2.01, 2.0101], start=1):
         progress.record(k, torch.tensor([value], dtype=torch.float64))
 
     assert progress.remaining(1) == pytest.approx(7.5 * 1e-4 * 0.01 / 0.99, rel=1e-6)
@@ -328,7 +339,7 @@ def test_remaining_follows_the_geometric_series():
 def test_converged_values_are_not_counted():
     """In float32 a change of 10⁻⁸ of σ₁² is rounding, and no gain."""
     progress = Progress((9, 9), torch.float32)
-    for k in range(4):
+    for k in range(2, 6):
         progress.record(k, torch.tensor([1.0 + 1e-8 * k, 1e-6 * k], dtype=torch.float64))
 
     assert progress.remaining(2) == pytest.approx(1.5 * 2e-6)
@@ -357,10 +368,11 @@ def test_product_falls_back_without_onednn(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rank", "width"), [(1, 16), (8, 16), (9, 32), (16, 32), (64, 80), (128, 144)]
+    ("rank", "width"),
+    [(1, 16), (8, 16), (9, 16), (10, 32), (16, 32), (64, 64), (65, 80), (128, 128)],
 )
 def test_block_width(rank, width):
-    """The rank and at least eight columns more, in multiples of 16, and never more than W has."""
+    """The rank and a few columns more, in multiples of 16, and never more than W has."""
     assert block_width(rank, (4096, 4096)) == width
     assert block_width(rank, (4096, 12)) == min(width, 12)
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eckart.linalg.orthogonal import Basis, extend, orthonormalize
+from eckart.linalg.orthogonal import Basis, extend
 
 GAIN_SAFETY = 1.5
 """Heuristic, measured: from step 3 on, what was still missing was at most this times the gain of
@@ -19,8 +19,8 @@ EXTRAPOLATION_SAFETY = 5.0
 """Heuristic, measured on the same: the geometric extrapolation of the gains was at worst 2.5
 times too small (a flat bulk under a few spikes)."""
 
-TEST_COST = 6
-"""A test costs about as much as a product where s³ = 12·mnb; half of that is worth it."""
+TEST_COST = 4
+"""s³ = mnb/4: there a test costs about half as much as a product."""
 
 
 class GolubKahan:
@@ -28,9 +28,11 @@ class GolubKahan:
 
     Golub, Luk & Overton (1981), from a random start: the bases span the Krylov spaces of Musco &
     Musco (2015, Algorithm 2), but every product also gives the projected matrix, so that no
-    further pass over W is needed to know the Ritz values. Two departures: the projected matrix
-    holds the coefficients as computed, not only the two blocks per column that exact arithmetic
-    would leave; and directions of a block that are only rounding are dropped.
+    further pass over W is needed to know the Ritz values. Three departures: the random block only
+    starts the left side and is no part of the right basis, to which it adds columns and hardly
+    any energy; the projected matrix holds the coefficients as computed, not only the two blocks
+    per column that exact arithmetic would leave; and directions of a block that are only rounding
+    are dropped.
     """
 
     def __init__(self, W: Tensor, start: Float[Tensor, "n b"], energy: float) -> None:
@@ -38,7 +40,8 @@ class GolubKahan:
         self.noise = 4 * torch.finfo(W.dtype).eps * math.sqrt(energy)  # of a vanishing product
         m, n = W.shape
         self.right, self.left = Basis(n, W), Basis(m, W)
-        self.right.append(orthonormalize(start)[0])
+        self.start = start  # of columns that are nearly orthonormal, as n⁻½ × Gaussian ones are
+        self.first = W.new_zeros(0, 0)  # what the first product made of it
         self.products = 0
         empty = torch.zeros(0, 0, dtype=torch.float64)
         self._projected = {True: empty, False: empty}
@@ -65,16 +68,19 @@ class GolubKahan:
 
     @property
     def projected(self) -> Float[Tensor, "t s"]:
-        """M with W·right = left·M after a product with W, Wᵀ·left = right·M after the other."""
+        """M with Wᵀ·left = right·M after a product with Wᵀ, W·right = left·M after a later one."""
         return self._projected[self.forward]
 
     def advance(self) -> None:
         """Multiplies the newest block and extends the other side's basis by the result."""
         self.products += 1
-        X = self.source.block
+        X = self.source.block if self.products > 1 else self.start
         Z = product(self.W, X) if self.forward else product(X.mT, self.W).mT
         Q, C, R = extend(self.target, Z, self.noise)
         self.target.append(Q)
+        if self.products == 1:
+            self.first = R
+            return
         old, column = self.projected, torch.cat([C, R])
         new = old.new_zeros(len(column), old.shape[1] + column.shape[1])
         new[: len(old), : old.shape[1]] = old
@@ -95,9 +101,10 @@ class GolubKahan:
     def ritz(self) -> Float[Tensor, " s"]:
         """Returns the squared singular values of the projected matrix, descending.
 
-        By its Gram matrix, whose rounding is below that of float32; for float64 by its SVD.
+        By its Gram matrix, whose rounding is below that of float32; for float64 by its SVD. After
+        the first product a rough picture of them, from the start as if it were orthonormal.
         """
-        M = self.projected
+        M = self.projected if self.products > 1 else self.first.double().cpu()
         if self.W.dtype == torch.float64:
             return torch.linalg.svdvals(M).square()
         return torch.linalg.eigvalsh(M.mT @ M).flip(0).clamp(min=0)
@@ -142,7 +149,7 @@ class Progress:
         as ρ. Inf while there are too few values to tell.
         """
         now = max(self._ritz)
-        estimate = self._gain(now - 2, now, rank)
+        estimate = self._gain(now - 2, now, rank) if now > 3 else math.inf  # 1 is but a picture
         stride = now - max((test for test in self._ritz if test < now), default=now - 1)
         last, before, first = (
             self._gain(now - (k + 1) * stride, now - k * stride, rank) for k in range(3)

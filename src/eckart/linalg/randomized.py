@@ -20,7 +20,8 @@ MAX_STEPS = 10
 """Steps (a product with W and one with Wᵀ) after which the iteration gives up."""
 
 OVERSAMPLING = 8
-"""Halko, Martinsson & Tropp (2011, §1.3): five or ten columns more than the rank."""
+"""Columns more than the rank (Halko, Martinsson & Tropp, 2011, §1.3: five or ten), one less for
+each 8 of the rank: measured, wide blocks need none, their Krylov spaces are several times wider."""
 
 WIDTH = 16
 """Blocks are multiples of this, which is what matrix kernels are made for."""
@@ -68,7 +69,7 @@ def at_rank(
     tail energy, or when the geometric extrapolation of the gains says five times as clearly that
     no more is to come. Where the tail ‖W‖_F² − Σσ² has lost its digits, it is measured.
 
-    Cost: two products of W with a block of `rank` + 8 to 23 columns per step.
+    Cost: two products of W with a block of `rank` + 0 to 22 columns per step.
     """
     space = GolubKahan(W, _gaussian(W, block_width(rank, W.shape), generator), energy)
     measured = math.inf
@@ -116,7 +117,7 @@ def _search(
     space: GolubKahan, allowed: float, energy: float, accuracy: float, steps: int
 ) -> tuple[Found | None, bool]:
     """One attempt of `at_error`, and whether its block was too narrow for the rank."""
-    W, width = space.W, space.right.count
+    W, width = space.W, space.start.shape[1]
     fewest = partial(_fewest, space, allowed, energy)
     for ritz, left in _tests(space, steps, fewest):
         rank = fewest(ritz)
@@ -139,6 +140,8 @@ def _tests(
         if space.worth_a_test or space.exhausted:
             ritz = space.ritz()
             progress.record(space.products, ritz)
+            if space.products == 1:
+                continue
             wanted = rank(ritz)
             known = wanted is not None and not space.exhausted
             yield ritz, progress.remaining(wanted) if known and wanted else 0.0
@@ -219,21 +222,23 @@ def rounding_energy(W: Tensor, energy: float) -> float:
 
 
 def block_width(rank: int, shape: tuple[int, ...]) -> int:
-    """Returns the columns of a block: rank + 8, rounded up to a multiple of 16.
+    """Returns the columns of a block: rank + 8 − ⌊rank/8⌋, rounded up to a multiple of 16.
 
     Not fewer than the rank (Musco & Musco allow it): a space grown from b columns holds no more
     than b copies of a repeated singular value, and no stop rule would notice the missing ones.
     """
-    width = -(-(rank + OVERSAMPLING) // WIDTH) * WIDTH
+    extra = max(0, OVERSAMPLING - rank // OVERSAMPLING)
+    width = -(-(rank + extra) // WIDTH) * WIDTH
     return min(width, *shape)
 
 
 def _gaussian(
     W: Tensor, columns: int, generator: torch.Generator, *, rows: int | None = None
 ) -> Tensor:
-    """Standard normal entries in W's dtype, n rows unless said, drawn where the generator lives."""
+    """Entries of N(0, 1/rows) in W's dtype, n rows unless said, drawn where the generator lives."""
     size = (W.shape[1] if rows is None else rows, columns)
     draw = torch.randn(size, dtype=W.dtype, generator=generator, device=generator.device)
+    draw *= size[0] ** -0.5
     return draw.to(W.device)
 
 

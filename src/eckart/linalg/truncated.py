@@ -105,7 +105,7 @@ def truncated_svd(
     every left vector is positive. The factors have W's device and working dtype (float64, else
     float32).
 
-    Cost: about 4 to 12 products of W with a block of `rank` + 8 to 23 columns; peak a copy of W,
+    Cost: about 4 to 12 products of W with a block of `rank` + 0 to 22 columns; peak a copy of W,
     where it is not float32 or float64 and row- or column-major, and some 8·(m + n)·rank entries.
 
     >>> W = torch.diag(torch.tensor([4.0, 3.0, 0.0]))
@@ -202,7 +202,7 @@ def _find(W: Tensor, energy: float, request: _Request, generator: torch.Generato
     largest = k if limitless or request.method == "randomized" else k // SHARE
     return at_error(
         W,
-        allowed * energy,
+        allowed * energy * (1 + 1e-12),  # as Spectrum.rank_at_error: a tie suffices
         energy=energy,
         accuracy=request.accuracy,
         generator=generator,
