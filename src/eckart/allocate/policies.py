@@ -82,11 +82,25 @@ class FixedRank:
 
 
 @dataclass(frozen=True, slots=True)
-class Energy:
+class _AnyRankThatPays:
+    """What the policies share that may want any rank: the number given, and how far it can go."""
+
+    value: float
+
+    def limit(self, shape: Shape, form: Form) -> int:
+        """Any rank that pays."""
+        return paying_rank(shape, form)
+
+    def refusal(self, shape: Shape, form: Form) -> str:
+        """No rank pays."""
+        return f"dense: no rank pays, {break_even(shape, form)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Energy(_AnyRankThatPays):
     """Per matrix, the smallest rank that keeps a fraction of ‖W‖_F²."""
 
     name: ClassVar[str] = "energy"
-    value: float
 
     def __post_init__(self) -> None:
         if not 0 < self.value <= 1:
@@ -96,14 +110,6 @@ class Energy:
     def allowed(self) -> float:
         """√(1 − energy)."""
         return math.sqrt(1 - self.value)
-
-    def limit(self, shape: Shape, form: Form) -> int:
-        """Any rank that pays."""
-        return paying_rank(shape, form)
-
-    def refusal(self, shape: Shape, form: Form) -> str:
-        """No rank pays."""
-        return f"dense: no rank pays, {break_even(shape, form)}"
 
     def check(self, shapes: Mapping[str, Shape], form: Form) -> None:
         """Any shapes will do: what does not pay is copied."""
@@ -119,11 +125,10 @@ class Energy:
 
 
 @dataclass(frozen=True, slots=True)
-class RelativeError:
+class RelativeError(_AnyRankThatPays):
     """Per matrix, the smallest rank with ‖W − BA‖_F ≤ error·‖W‖_F."""
 
     name: ClassVar[str] = "error"
-    value: float
 
     def __post_init__(self) -> None:
         if not 0 <= self.value < 1:
@@ -133,14 +138,6 @@ class RelativeError:
     def allowed(self) -> float:
         """The error itself."""
         return self.value
-
-    def limit(self, shape: Shape, form: Form) -> int:
-        """Any rank that pays."""
-        return paying_rank(shape, form)
-
-    def refusal(self, shape: Shape, form: Form) -> str:
-        """No rank pays."""
-        return f"dense: no rank pays, {break_even(shape, form)}"
 
     def check(self, shapes: Mapping[str, Shape], form: Form) -> None:
         """Any shapes will do: what does not pay is copied."""
@@ -156,7 +153,7 @@ class RelativeError:
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
+class Keep(_AnyRankThatPays):
     """A global budget: parameters after / before, over all targeted matrices.
 
     Keeping component i of a matrix is worth mn·σᵢ²/‖W‖_F² (what a matrix loses counts in
@@ -165,7 +162,6 @@ class Keep:
     """
 
     name: ClassVar[str] = "keep"
-    value: float
 
     def __post_init__(self) -> None:
         if not 0 < self.value <= 1:
@@ -175,14 +171,6 @@ class Keep:
     def allowed(self) -> None:
         """Nothing is promised of a single matrix."""
         return None
-
-    def limit(self, shape: Shape, form: Form) -> int:
-        """Any rank that pays."""
-        return paying_rank(shape, form)
-
-    def refusal(self, shape: Shape, form: Form) -> str:
-        """No rank pays."""
-        return f"dense: no rank pays, {break_even(shape, form)}"
 
     def check(self, shapes: Mapping[str, Shape], form: Form) -> None:
         """Rank 1 everywhere must be within the budget."""
