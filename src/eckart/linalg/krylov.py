@@ -4,9 +4,13 @@ Knows tensors; must not know files, nor what the space is grown for: that is `ra
 """
 
 import math
+from contextlib import AbstractContextManager
+from functools import cache
 
+import scipy.linalg
 import torch
 from jaxtyping import Float
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from eckart.linalg.orthogonal import Basis, extend
@@ -105,9 +109,12 @@ class GolubKahan:
         the first product a rough picture of them, from the start as if it were orthonormal.
         """
         M = self.projected if self.products > 1 else self.first.double().cpu()
-        if self.W.dtype == torch.float64:
-            return torch.linalg.svdvals(M).square()
-        return torch.linalg.eigvalsh(M.mT @ M).flip(0).clamp(min=0)
+        with one_thread():
+            if self.W.dtype == torch.float64:
+                values = scipy.linalg.svdvals(M.numpy(), check_finite=False)
+                return torch.from_numpy(values).square()
+            squares = scipy.linalg.eigvalsh((M.mT @ M).numpy(), check_finite=False)
+        return torch.from_numpy(squares).flip(0).clamp(min=0)
 
     def triplets(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the leading min(rank, known) Ritz triplets U, s, Vh.
@@ -116,13 +123,19 @@ class GolubKahan:
         ε₆₄·(σ₁/σ_r)² is below its ε; else from the SVD of M (always in float64).
         """
         M = self.projected
-        squares, X = torch.linalg.eigh(M.mT @ M)
-        X, s = X[:, -rank:].flip(1), squares[-rank:].flip(0).clamp(min=0).sqrt()
+        last, first = M.shape[1] - 1, max(0, M.shape[1] - rank)
+        with one_thread():
+            squares, X = scipy.linalg.eigh(
+                (M.mT @ M).numpy(), subset_by_index=(first, last), check_finite=False
+            )
+        X, s = torch.from_numpy(X).flip(1), torch.from_numpy(squares).flip(0).clamp(min=0).sqrt()
         digits = torch.finfo(torch.float64).eps / torch.finfo(self.W.dtype).eps
         if float(s[-1]) ** 2 > digits * float(s[0]) ** 2:
             Y = M @ X / s
         else:
-            Y, s, Zh = torch.linalg.svd(M, full_matrices=False)
+            with one_thread():
+                factors = scipy.linalg.svd(M.numpy(), full_matrices=False, check_finite=False)
+            Y, s, Zh = (torch.from_numpy(factor) for factor in factors)
             Y, s, X = Y[:, :rank], s[:rank], Zh[:rank].mT
         reached = self.target.vectors @ Y.to(self.W)
         started = self.source.vectors @ X.to(self.W)
@@ -175,6 +188,22 @@ class Progress:
         after = self._ritz[new][:rank]
         change = after - before[:rank]
         return max(0.0, float(change[change > self.rounding * after].sum()))
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """Returns a context in which scipy's BLAS runs on one thread.
+
+    A projected matrix is too small for more: its factorization is thousands of short loops, and
+    where another process has one of the cores every barrier between them waits for a time slice
+    (measured, 160², two threads on one free core: 1.2 s instead of 1 ms). torch's own threads,
+    which multiply the large matrix, are left alone.
+    """
+    return _blas().limit(limits=1, user_api="blas")
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def product(A: Float[Tensor, "p q"], B: Float[Tensor, "q k"]) -> Float[Tensor, "p k"]:
