@@ -4,16 +4,15 @@ Knows tensors; must not know files, nor what the space is grown for: that is `ra
 """
 
 import math
-from contextlib import AbstractContextManager
-from functools import cache
 
 import scipy.linalg
 import torch
 from jaxtyping import Float
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from eckart.linalg.orthogonal import Basis, extend
+from eckart.linalg.products import product
+from eckart.linalg.tridiagonal import Tridiagonal, one_thread
 
 GAIN_SAFETY = 1.5
 """Heuristic, measured: from step 3 on, what was still missing was at most this times the gain of
@@ -49,6 +48,7 @@ class GolubKahan:
         self.products = 0
         empty = torch.zeros(0, 0, dtype=torch.float64)
         self._projected = {True: empty, False: empty}
+        self._reduction: tuple[int, Tridiagonal] | None = None
 
     @property
     def forward(self) -> bool:
@@ -109,12 +109,11 @@ class GolubKahan:
         the first product a rough picture of them, from the start as if it were orthonormal.
         """
         M = self.projected if self.products > 1 else self.first.double().cpu()
-        with one_thread():
-            if self.W.dtype == torch.float64:
+        if self.W.dtype == torch.float64:
+            with one_thread():
                 values = scipy.linalg.svdvals(M.numpy(), check_finite=False)
-                return torch.from_numpy(values).square()
-            squares = scipy.linalg.eigvalsh((M.mT @ M).numpy(), check_finite=False)
-        return torch.from_numpy(squares).flip(0).clamp(min=0)
+            return torch.from_numpy(values).square()
+        return self._reduced(M).values().clamp(min=0)
 
     def triplets(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the leading min(rank, known) Ritz triplets U, s, Vh.
@@ -123,12 +122,8 @@ class GolubKahan:
         ε₆₄·(σ₁/σ_r)² is below its ε; else from the SVD of M (always in float64).
         """
         M = self.projected
-        last, first = M.shape[1] - 1, max(0, M.shape[1] - rank)
-        with one_thread():
-            squares, X = scipy.linalg.eigh(
-                (M.mT @ M).numpy(), subset_by_index=(first, last), check_finite=False
-            )
-        X, s = torch.from_numpy(X).flip(1), torch.from_numpy(squares).flip(0).clamp(min=0).sqrt()
+        squares, X = self._reduced(M).leading(rank)
+        s = squares.clamp(min=0).sqrt()
         digits = torch.finfo(torch.float64).eps / torch.finfo(self.W.dtype).eps
         if float(s[-1]) ** 2 > digits * float(s[0]) ** 2:
             Y = M @ X / s
@@ -141,6 +136,12 @@ class GolubKahan:
         started = self.source.vectors @ X.to(self.W)
         U, V = (reached, started) if self.forward else (started, reached)
         return U, s.to(self.W), V.mT
+
+    def _reduced(self, M: Float[Tensor, "t s"]) -> Tridiagonal:
+        """MᵀM in tridiagonal form, computed once per product."""
+        if self._reduction is None or self._reduction[0] != self.products:
+            self._reduction = self.products, Tridiagonal(M.mT @ M)
+        return self._reduction[1]
 
 
 class Progress:
@@ -188,30 +189,3 @@ class Progress:
         after = self._ritz[new][:rank]
         change = after - before[:rank]
         return max(0.0, float(change[change > self.rounding * after].sum()))
-
-
-def one_thread() -> AbstractContextManager[object]:
-    """Returns a context in which scipy's BLAS runs on one thread.
-
-    A projected matrix is too small for more: its factorization is thousands of short loops, and
-    where another process has one of the cores every barrier between them waits for a time slice
-    (measured, 160², two threads on one free core: 1.2 s instead of 1 ms). torch's own threads,
-    which multiply the large matrix, are left alone.
-    """
-    return _blas().limit(limits=1, user_api="blas")
-
-
-@cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController()
-
-
-def product(A: Float[Tensor, "p q"], B: Float[Tensor, "q k"]) -> Float[Tensor, "p k"]:
-    """Returns A·B where one of the two is a narrow block.
-
-    For float32 on the CPU by oneDNN, whose kernels take 40–80 % of MKL's time at 16 to 128
-    columns (measured on an AVX-512 EPYC), in float32 throughout.
-    """
-    if A.device.type == "cpu" and A.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(A, B.mT, None, "none", [], "")
-    return A @ B

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eckart.linalg.products import product
+
 NEAR_IDENTITY = 0.1
 """A first CholeskyQR pass whose Gram matrix is this far from I has failed: Householder takes over.
 (Yamamoto et al., 2015, Lemma 3.1 needs ‖QᵀQ − I‖ < 1/2 or so for the second pass to be sound.)"""
@@ -78,13 +80,13 @@ def extend(
     """
     if basis.count == len(Z):
         return Z[:, :0], basis.vectors.mT @ Z, Z.new_zeros(0, Z.shape[1])
-    near = basis.block.mT @ Z
+    near = product(basis.block.mT, Z)
     C = torch.cat([Z.new_zeros(basis.count - basis.newest, Z.shape[1]), near])
-    Q, R, sound = _first_pass(Z - basis.block @ near, noise)
+    Q, R, sound = _first_pass(_without(Z, basis.block, near), noise)
     Q, R = Q[:, : len(Z) - basis.count], R[: len(Z) - basis.count]
     for _ in range(3 if len(R) else 0):
-        far = basis.vectors.mT @ Q
-        C, Q = C + far @ R, Q - basis.vectors @ far
+        far = product(basis.vectors.mT, Q)
+        C, Q = C + far @ R, _without(Q, basis.vectors, far)
         if sound and float(torch.linalg.matrix_norm(far)) ** 2 <= torch.finfo(Z.dtype).eps:
             break  # taking it out changed QᵀQ by less than ε
         found = cholesky_qr(Q, near_identity=True)
@@ -93,6 +95,11 @@ def extend(
         if found is not None:
             break
     return Q, C, R
+
+
+def _without(Z: Tensor, basis: Tensor, C: Tensor) -> Tensor:
+    """Z − basis·C, stored as rows, as the basis is."""
+    return (Z.mT - product(C.mT, basis.mT)).mT
 
 
 def cholesky_qr(
