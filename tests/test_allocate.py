@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,24 +15,38 @@ from eckart.allocate import (
     Choice,
     Energy,
     FixedRank,
+    Item,
     Keep,
     RankPolicy,
     RelativeError,
+    Size,
+    Terms,
     cost,
     paying_rank,
 )
+from eckart.allocate.budget import Menu, bisect, fill, spend
 from eckart.errors import UsageError
 from eckart.linalg.spectrum import Spectrum
 
-FORMS = ("ba", "pivoted")
+FORMS = ("ba", "pivoted", "auto")
+ALIGNS = (1, 4)
 SHAPES = [(1, 1), (1, 9), (9, 1), (2, 2), (2, 3), (6, 6), (12, 5), (64, 48), (48, 64), (512, 512)]
 EXAMPLES: dict[str, list[RankPolicy]] = {
-    "rank": [FixedRank(1), FixedRank(3), FixedRank(1000)],
+    "rank": [FixedRank(1), FixedRank(4), FixedRank(1000)],
     "energy": [Energy(0.5), Energy(0.99), Energy(1.0)],
     "error": [RelativeError(0.5), RelativeError(0.01), RelativeError(0.0)],
     "keep": [Keep(0.9), Keep(0.5), Keep(1.0)],
+    "size": [Size(20_000), Size(15_000), Size(10**9)],
+}
+OUT_OF_RANGE: dict[str, list[float]] = {
+    "rank": [0, -1, 1.5, 2.0, math.nan],
+    "energy": [0.0, -0.1, 1.0000001, math.nan, math.inf],
+    "error": [-1e-9, 1.0, 2.0, math.nan],
+    "keep": [0.0, -0.1, 1.0000001, math.nan, math.inf],
+    "size": [0, -1, 1.5, 1e9, math.nan, math.inf],
 }
 ALL = [policy for policies in EXAMPLES.values() for policy in policies]
+ITEMS = {f"m{i}": Item(shape, count=1 + i % 2) for i, shape in enumerate(SHAPES[:8])}
 
 
 def spectrum(shape: tuple[int, int], seed: int = 0, values: list[float] | None = None) -> Spectrum:
@@ -41,24 +58,169 @@ def spectrum(shape: tuple[int, int], seed: int = 0, values: list[float] | None =
     return Spectrum(shape, s, float(s.square().sum()))
 
 
-def chosen_cost(shape: tuple[int, int], choice: Choice, form: str) -> int:
-    return math.prod(shape) if choice.rank is None else cost(shape, choice.rank, form)
+def items_of(spectra: Mapping[str, Spectrum]) -> dict[str, Item]:
+    return {name: Item(known.shape) for name, known in spectra.items()}
 
 
-def chosen_worth(known: Spectrum, choice: Choice) -> float:
-    size = math.prod(known.shape)
-    if choice.rank is None or known.energy == 0:
+# What things cost and are worth, in closed form: the oracles.
+
+
+def parameters(item: Item, rank: int | None, form: str) -> int:
+    (m, n), r = item.shape, rank
+    if r is None:
+        return item.count * m * n
+    return item.count * (r * (m + n) if form == "ba" else r * (m + n - r))
+
+
+def stored_bytes(item: Item, rank: int | None, form: str) -> int:
+    if rank is None:
+        return parameters(item, None, form) * item.dense_itemsize
+    if form == "auto":
+        return item.bytes(rank, "auto")
+    perm = 0 if form == "ba" else 8 * item.count * item.shape[0]
+    return parameters(item, rank, form) * item.itemsize + perm
+
+
+UNITS = {"keep": parameters, "size": stored_bytes}
+"""The unit of every global budget."""
+
+
+def worth(item: Item, known: Spectrum, rank: int | None) -> float:
+    size = item.count * math.prod(item.shape)
+    if rank is None or known.energy == 0:
         return size
-    return size * (1 - known.tail_energy(choice.rank) / known.energy)
+    return size * (1 - float(known.values[rank:].square().sum()) / known.energy)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Matrices, some of which may be factored, and a budget over all of them in some unit."""
+
+    unit: str
+    terms: Terms
+    items: dict[str, Item]
+    spectra: dict[str, Spectrum]
+
+    def price(self, name: str, rank: int | None) -> int:
+        return UNITS[self.unit](self.items[name], rank, self.terms.form)
+
+    def options(self, name: str) -> list[int | None]:
+        """Every rank that pays, in multiples of `align`, and dense."""
+        align, m_n = self.terms.align, self.items[name].shape
+        return [*range(align, paying_rank(m_n, self.terms.form) + 1, align), None]
+
+    def points(self, name: str) -> list[tuple[int, float]]:
+        """What each option costs and is worth."""
+        item, known = self.items[name], self.spectra[name]
+        return [(self.price(name, r), worth(item, known, r)) for r in self.options(name)]
+
+    @property
+    def fixed(self) -> int:
+        """What is spent whatever is chosen."""
+        dense = sum(self.price(name, None) for name in self.items.keys() - self.spectra.keys())
+        return dense + (self.terms.rest_bytes if self.unit == "size" else 0)
+
+    @property
+    def least(self) -> int:
+        return self.fixed + sum(min(self.points(name))[0] for name in self.spectra)
+
+    @property
+    def most(self) -> int:
+        return self.fixed + sum(self.price(name, None) for name in self.spectra)
+
+    def policy(self, budget: int) -> RankPolicy:
+        """The policy that may spend just so much."""
+        if self.unit == "size":
+            return Size(budget)
+        return Keep(min((budget + 0.5) / self.most, 1.0))
+
+    def budgets(self, *shares: float) -> list[int]:
+        """Budgets between the least and everything dense."""
+        return [math.floor(self.least + share * (self.most - self.least)) for share in shares]
+
+    def solve(self, budget: int) -> dict[str, Choice]:
+        policy = self.policy(budget)
+        policy.check(self.items, self.terms)
+        return policy.choose(self.items, self.spectra, self.terms)
+
+    def spent(self, choices: Mapping[str, Choice]) -> int:
+        return self.fixed + sum(self.price(name, choices[name].rank) for name in self.spectra)
+
+    def worth(self, choices: Mapping[str, Choice]) -> float:
+        return sum(
+            worth(self.items[name], known, choices[name].rank)
+            for name, known in self.spectra.items()
+        )
+
+    def brute_force(self, budget: int) -> float:
+        """The most worth of any choice within the budget, by trying all."""
+        costs, worths = np.array([float(self.fixed)]), np.array([0.0])
+        for name in self.spectra:
+            prices, gains = np.array(self.points(name)).T
+            costs = np.add.outer(costs, prices).ravel()
+            worths = np.add.outer(worths, gains).ravel()
+        return float(worths[costs <= budget].max())
+
+    @property
+    def largest_step(self) -> float:
+        """The largest gain along the edge of one matrix's concave hull: what greed may miss."""
+        return max(
+            b[1] - a[1]
+            for name in self.spectra
+            for a, b in itertools.pairwise(hull(self.points(name)))
+        )
+
+
+def hull(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The upper concave hull, from the cheapest point to the one of most worth."""
+    corners: list[tuple[int, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
+        if corners and y <= corners[-1][1]:
+            continue
+        while len(corners) > 1:
+            (x0, y0), (x1, y1) = corners[-2:]
+            if (y1 - y0) * (x - x0) > (y - y0) * (x1 - x0):
+                break
+            corners.pop()
+        corners.append((x, y))
+    return corners
+
+
+def problem(
+    unit: str,
+    form: str,
+    align: int,
+    seed: int = 0,
+    shapes: tuple[tuple[int, int], ...] = ((24, 20), (18, 28), (32, 12)),
+    counts: tuple[int, ...] = (1, 2, 3),
+) -> Problem:
+    """Some matrices and stacks of random spectra beside one that never pays, and other tensors."""
+    items = {
+        f"m{i}": Item(shape, counts[(i + seed) % len(counts)]) for i, shape in enumerate(shapes)
+    }
+    spectra = {name: spectrum(item.shape, seed + i) for i, (name, item) in enumerate(items.items())}
+    terms = Terms(form, align, rest_bytes=1001)  # type: ignore[arg-type]
+    return Problem(unit, terms, items | {"vector": Item((1, 90))}, spectra)
+
+
+every_unit = pytest.mark.parametrize("unit", UNITS)
+every_form = pytest.mark.parametrize("form", FORMS)
+every_align = pytest.mark.parametrize("align", ALIGNS)
 
 
 def test_every_policy_has_examples_here():
     """A new policy is tested by existing."""
-    assert EXAMPLES.keys() == POLICIES.keys()
+    budgets = {name for name, policies in EXAMPLES.items() if policies[0].is_budget}
+
+    assert EXAMPLES.keys() == OUT_OF_RANGE.keys() == POLICIES.keys()
+    assert UNITS.keys() == budgets
     assert all(policy.name == name for name in EXAMPLES for policy in EXAMPLES[name])
 
 
-@pytest.mark.parametrize("form", FORMS)
+# Items and terms.
+
+
+@every_form
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_paying_rank_is_the_last_that_pays(shape, form):
     """Fewer parameters than the matrix; one rank more is not."""
@@ -70,41 +232,151 @@ def test_the_paying_rank_is_the_last_that_pays(shape, form):
     assert all(cost(shape, r, form) < m * n for r in range(1, last + 1))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("policy", ALL, ids=repr)
-def test_every_choice_is_a_rank_that_pays_or_dense_with_a_reason(policy, form):
-    """Over every policy, every form and shapes with and without a paying rank."""
-    shapes = {f"m{i}": shape for i, shape in enumerate(SHAPES[:8])}
-    spectra = {
-        name: spectrum(shape) for name, shape in shapes.items() if policy.limit(shape, form) > 0
-    }
-    dense = {name: shape for name, shape in shapes.items() if name not in spectra}
-    choices = policy.choose(spectra, dense, form)
+@every_form
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_item_costs_its_closed_form_once_for_each_matrix_of_a_stack(shape, count, form):
+    """r(m + n), r² less where pivoted; 8 bytes for each row of a permutation."""
+    item = Item(shape, count, dense_itemsize=2, itemsize=4)
+
+    assert item.dense_parameters == count * math.prod(shape)
+    assert item.dense_bytes == 2 * item.dense_parameters
+    for rank in range(1, min(shape) + 1):
+        assert item.parameters(rank, form) == parameters(item, rank, form)
+        assert item.bytes(rank, form) == stored_bytes(item, rank, form)
+        assert item.bytes(rank, "auto") in {item.bytes(rank, "ba"), item.bytes(rank, "pivoted")}
+
+
+@every_form
+@pytest.mark.parametrize("align", [1, 2, 4, 7, 64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_terms_round_ranks_to_multiples_of_align(shape, align, form):
+    """The largest that pays is rounded down, and a rank that is needed is rounded up."""
+    terms, last = Terms(form, align), paying_rank(shape, form)
+
+    assert terms.largest(Item(shape)) == max(
+        (r for r in range(1, last + 1) if r % align == 0), default=0
+    )
+    for rank in range(20):
+        assert terms.aligned(rank) == next(
+            r for r in itertools.count(1) if r % align == 0 and r >= rank
+        )
+
+
+# Every policy.
+
+
+CASES = [
+    (policy, form, align)
+    for policy, form, align in itertools.product(ALL, FORMS, ALIGNS)
+    if policy.name != "rank" or policy.value % align == 0
+]
+
+
+@pytest.mark.parametrize(("policy", "form", "align"), CASES, ids=repr)
+def test_every_choice_is_a_rank_that_pays_or_dense_with_a_reason(policy, form, align):
+    """Over every policy and form, aligned or not, matrices and stacks that pay and that do not."""
+    terms = Terms(form, align)
+    limits = {name: policy.limit(item, terms) for name, item in ITEMS.items()}
+    spectra = {name: spectrum(ITEMS[name].shape) for name in ITEMS if limits[name] > 0}
+    policy.check(ITEMS, terms)
+    choices = policy.choose(ITEMS, spectra, terms)
 
     assert choices.keys() == spectra.keys()
     for name, choice in choices.items():
         if choice.rank is None:
             assert choice.reason.startswith("dense: ")
         else:
-            assert 1 <= choice.rank <= min(paying_rank(shapes[name], form), *shapes[name])
-            assert choice.rank <= policy.limit(shapes[name], form)
-    for shape in dense.values():
-        assert policy.refusal(shape, form).startswith("dense: ")
-        assert str(min(shape)) in policy.refusal(shape, form)
+            assert choice.reason == ""
+            assert choice.rank % align == 0
+            assert 1 <= choice.rank <= limits[name]
+            assert parameters(ITEMS[name], choice.rank, form) < ITEMS[name].dense_parameters
+    for name in ITEMS.keys() - spectra.keys():
+        assert policy.refusal(ITEMS[name], terms).startswith("dense: ")
 
 
+@pytest.mark.parametrize(("policy", "form", "align"), CASES, ids=repr)
+def test_a_limit_is_a_multiple_of_align_and_the_reason_of_none_is_true(policy, form, align):
+    """It says the rank that was asked, if one was, and the break-even of min(m, n)."""
+    terms = Terms(form, align)
+    refused = 0
+    for item in ITEMS.values():
+        limit, (m, n) = policy.limit(item, terms), item.shape
+        pays = [
+            r for r in range(1, min(m, n) + 1) if parameters(item, r, form) < item.count * m * n
+        ]
+        if limit:
+            assert limit % align == 0
+            assert limit in pays
+            continue
+        refused += 1
+        reason = policy.refusal(item, terms)
+        even = re.search(r", break-even is (\d+) of (\d+)(, ranks are multiples of 4)?$", reason)
+
+        assert even is not None
+        assert (int(even[1]), int(even[2])) == (max(pays, default=0), min(m, n))
+        assert bool(even[3]) == (align == 4)
+        if policy.name == "rank":
+            assert policy.value > int(even[1]) // align * align
+            assert reason.startswith(f"dense: rank {policy.value} does not pay")
+            assert ("clamped to" in reason) == (policy.value > min(m, n))
+        else:
+            assert int(even[1]) < align
+            assert reason.startswith("dense: no rank pays")
+
+    assert refused > 0
+
+
+@every_form
 @pytest.mark.parametrize("policy", ALL, ids=repr)
-def test_a_choice_is_a_function_of_its_arguments(policy):
+def test_a_choice_is_a_function_of_its_arguments(policy, form):
     """Same again, whatever the order of the names; the arguments are not changed."""
-    spectra = {f"m{i}": spectrum((24, 16), i) for i in range(5)}
+    terms, items = Terms(form), {f"m{i}": Item((24, 16), 1 + i % 2, 8, 8) for i in range(5)}
+    spectra = {name: spectrum((24, 16), i) for i, name in enumerate(items)}
     before = {name: s.values.clone() for name, s in spectra.items()}
-    if policy.limit((24, 16), "ba") == 0:
-        return
-    first = policy.choose(spectra, {}, "ba")
-    second = policy.choose(dict(reversed(spectra.items())), {}, "ba")
+    if policy.limit(items["m0"], terms) == 0:
+        spectra = {}
+    first = policy.choose(items, spectra, terms)
+    second = policy.choose(dict(reversed(items.items())), dict(reversed(spectra.items())), terms)
 
     assert first == second
     assert all(torch.equal(before[name], spectra[name].values) for name in spectra)
+
+
+@pytest.mark.parametrize("policy", ALL, ids=repr)
+def test_only_a_budget_makes_matrices_compete(policy):
+    """What another policy chooses for a matrix does not depend on the others."""
+    items = {f"m{i}": Item((24, 16)) for i in range(4)}
+    spectra = {name: spectrum((24, 16), i) for i, name in enumerate(items)}
+    if policy.is_budget or policy.limit(items["m0"], Terms()) == 0:
+        assert policy.allowed is None
+        return
+    together = policy.choose(items, spectra, Terms())
+    apart = {
+        name: policy.choose({name: items[name]}, {name: known}, Terms())[name]
+        for name, known in spectra.items()
+    }
+
+    assert together == apart
+
+
+@every_form
+@every_align
+@pytest.mark.parametrize("policy", [p for p in ALL if p.allowed is not None], ids=repr)
+def test_a_promised_error_takes_the_smallest_aligned_rank_that_keeps_it(policy, align, form):
+    """Or says truly that none that pays does, and which rank it would need."""
+    terms = Terms(form, align)
+    for seed, item in enumerate([Item((40, 24)), Item((24, 40), 3), Item((32, 32), 2)]):
+        known = spectrum(item.shape, seed)
+        errors = [known.relative_error(r) for r in range(min(item.shape) + 1)]
+        enough = next(r for r, error in enumerate(errors) if error <= policy.allowed + 1e-12)
+        ranks = range(align, paying_rank(item.shape, form) + 1, align)
+        best = next((r for r in ranks if r >= enough), None)
+        choice = policy.choose({"m": item}, {"m": known}, terms)["m"]
+
+        assert choice.rank == best
+        if best is None:
+            assert choice.reason == f"dense: needs rank {enough}, {terms.break_even(item)}"
 
 
 def test_energy_and_error_take_the_smallest_sufficient_rank():
@@ -112,7 +384,7 @@ def test_energy_and_error_take_the_smallest_sufficient_rank():
     known = {"m": spectrum((40, 4), values=[3.0, 2.0, math.sqrt(2.0), 1.0])}
 
     def rank(policy: RankPolicy) -> int | None:
-        return policy.choose(known, {}, "ba")["m"].rank
+        return policy.choose(items_of(known), known, Terms())["m"].rank
 
     assert rank(Energy(9 / 16)) == 1
     assert rank(Energy(9 / 16 + 1e-9)) == 2
@@ -129,143 +401,187 @@ def test_the_reason_of_a_rank_too_high_names_it_and_the_break_even():
     """What it needs, and what it may have."""
     known = {"m": spectrum((4, 4), values=[1.0] * 4)}
 
-    reason = Energy(0.9).choose(known, {}, "ba")["m"].reason
+    reason = Energy(0.9).choose(items_of(known), known, Terms())["m"].reason
+    aligned = Energy(0.2).choose(items_of(known), known, Terms("pivoted", align=4))["m"].reason
 
     assert reason == "dense: needs rank 4, break-even is 1 of 4"
+    assert aligned == "dense: needs rank 1, break-even is 3 of 4, ranks are multiples of 4"
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, 2.0])
-def test_a_rank_is_a_whole_number_from_1(value):
-    """0, negative and fractional ranks are refused."""
-    with pytest.raises(UsageError, match="out of range"):
-        FixedRank(value)
+@pytest.mark.parametrize("name", POLICIES)
+def test_values_out_of_range_are_refused(name):
+    """By every policy, with the option's name and the value."""
+    for value in OUT_OF_RANGE[name]:
+        with pytest.raises(UsageError, match=f"--{name} {re.escape(str(value))} is out of range"):
+            POLICIES[name](value)
 
 
-@pytest.mark.parametrize(
-    ("policy", "values"),
-    [
-        (Energy, [0.0, -0.1, 1.0000001, math.nan, math.inf]),
-        (RelativeError, [-1e-9, 1.0, 2.0, math.nan]),
-        (Keep, [0.0, -0.1, 1.0000001, math.nan, math.inf]),
-    ],
-)
-def test_values_out_of_range_are_refused(policy, values):
-    """With the option's name and the value."""
-    for value in values:
-        with pytest.raises(UsageError, match=f"--{policy.name} {value} is out of range"):
-            policy(value)
+@pytest.mark.parametrize("rank", [1, 3, 6, 1000])
+def test_a_rank_that_is_no_multiple_of_align_is_refused(rank):
+    """Before anything is decomposed, by both options' names."""
+    for align in (1, 4, 7):
+        if rank % align == 0:
+            FixedRank(rank).check(ITEMS, Terms("ba", align))
+            continue
+        with pytest.raises(UsageError, match=f"--rank {rank} is no multiple of --align {align}"):
+            FixedRank(rank).check(ITEMS, Terms("ba", align))
 
 
-# The global budget.
+# The global budgets.
 
 
-def brute_force(spectra: dict[str, Spectrum], budget: int, form: str) -> float:
-    """The most worth of any choice within the budget, by trying all."""
-    menus = []
-    for known in spectra.values():
-        ranks = [Choice(r) for r in range(1, paying_rank(known.shape, form) + 1)] + [Choice(None)]
-        menus.append([(chosen_cost(known.shape, c, form), chosen_worth(known, c)) for c in ranks])
-    return max(
-        sum(worth for _, worth in picks)
-        for picks in itertools.product(*menus)
-        if sum(price for price, _ in picks) <= budget
-    )
+@every_unit
+@every_form
+@every_align
+@pytest.mark.parametrize("seed", range(3))
+def test_a_budget_is_never_exceeded_and_what_is_left_buys_nothing_more(seed, align, form, unit):
+    """Every tensor counted: no single matrix could have more for what is left."""
+    given = problem(unit, form, align, seed)
+    for budget in given.budgets(0, 0.1, 0.3, 0.5, 0.7, 0.9):
+        choices = given.solve(budget)
+        left = budget - given.spent(choices)
+
+        assert left >= 0
+        for name, choice in choices.items():
+            now = (
+                given.price(name, choice.rank),
+                worth(given.items[name], given.spectra[name], choice.rank),
+            )
+            better = [price for price, value in given.points(name) if value > now[1]]
+            assert all(price - now[0] > left for price in better)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("keep", [0.45, 0.6, 0.75, 0.9, 1.0])
+@every_unit
+@every_form
+@every_align
 @pytest.mark.parametrize("seed", range(4))
-def test_keep_is_as_good_as_brute_force_but_for_one_step(seed, keep, form):
-    """Never better (it cannot be), never worse than by the largest single step of a matrix."""
-    shapes = [(12, 10), (9, 14), (16, 6)]
-    spectra = {f"m{i}": spectrum(shape, seed) for i, shape in enumerate(shapes)}
-    budget = math.floor(keep * sum(math.prod(shape) for shape in shapes))
-    choices = Keep(keep).choose(spectra, {}, form)
-    spent = sum(chosen_cost(spectra[name].shape, c, form) for name, c in choices.items())
-    worth = sum(chosen_worth(spectra[name], c) for name, c in choices.items())
-    best = brute_force(spectra, budget, form)
-    steps = [
-        math.prod(known.shape) * float(known.values[1]) ** 2 / known.energy
-        for known in spectra.values()
-    ]
+def test_a_budget_is_spent_as_well_as_by_brute_force_but_for_one_step(seed, align, form, unit):
+    """Never better (it cannot be), never worse than by the largest step of a concave hull."""
+    given = problem(unit, form, align, seed)
+    for budget in given.budgets(0, 0.2, 0.5, 0.8, 1):
+        choices, best = given.solve(budget), given.brute_force(budget)
 
-    assert spent <= budget
-    assert worth <= best + 1e-9
-    assert worth >= best - 2 * max(steps)
+        assert given.spent(choices) <= budget
+        assert best - given.largest_step <= given.worth(choices) <= best + 1e-9
 
 
-def test_keep_equals_brute_force_where_every_step_costs_the_same():
+@every_unit
+@every_align
+def test_a_budget_equals_brute_force_where_every_step_costs_the_same(align, unit):
     """Equal shapes and falling gains: the greedy choice is the best one."""
+    compared = 0
     for seed in range(10):
-        spectra = {f"m{i}": spectrum((14, 14), 10 * seed + i) for i in range(3)}
-        total = 3 * 14 * 14
-        for keep in (0.3, 0.5, 0.7):
-            choices = Keep(keep).choose(spectra, {}, "ba")
+        given = problem(unit, "ba", align, 10 * seed, shapes=((24, 24),) * 3, counts=(2,))
+        for budget in given.budgets(0.1, 0.3, 0.5):
+            choices = given.solve(budget)
             if any(choice.rank is None for choice in choices.values()):
                 continue
-            worth = sum(chosen_worth(spectra[name], c) for name, c in choices.items())
+            compared += 1
 
-            assert worth == pytest.approx(brute_force(spectra, math.floor(keep * total), "ba"))
+            assert given.worth(choices) == pytest.approx(given.brute_force(budget))
+    assert compared >= 5
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_keep_is_within_half_a_per_cent_where_one_rank_is_less_than_that(form):
-    """Thirty matrices of 64×48 and 48×64, of very different decay."""
+@every_unit
+@every_form
+@every_align
+def test_a_budget_is_used_up_to_half_a_per_cent_where_one_rank_is_less_than_that(align, form, unit):
+    """Thirty matrices and stacks of 64×48 and 48×64, of very different decay."""
     random = np.random.default_rng(0)
-    spectra = {}
+    items, spectra = {}, {}
     for i in range(30):
-        decay = random.uniform(0.1, 2.5)
+        decay, shape = random.uniform(0.1, 2.5), [(64, 48), (48, 64)][i % 2]
         values = [float(k) ** -decay for k in range(1, 49)]
-        spectra[f"m{i}"] = spectrum([(64, 48), (48, 64)][i % 2], values=values)
-    total = 30 * 64 * 48
-    for keep in (0.05, 0.2, 0.4, 0.6, 0.8, 0.9):
-        choices = Keep(keep).choose(spectra, {}, form)
-        spent = sum(chosen_cost(spectra[name].shape, c, form) for name, c in choices.items())
+        items[f"m{i}"], spectra[f"m{i}"] = Item(shape, 1 + i % 3), spectrum(shape, values=values)
+    given = Problem(unit, Terms(form, align, rest_bytes=5000), items, spectra)
+    tight = 0
+    for budget in given.budgets(0.02, 0.2, 0.4, 0.6, 0.8, 0.9):
+        choices = given.solve(budget)
+        step = min(
+            given.items[name].count * align * (64 + 48) * (4 if unit == "size" else 1)
+            for name, choice in choices.items()
+            if choice.rank is not None
+        )
+        tight += step < 0.005 * budget
 
-        assert keep - 0.005 <= spent / total <= keep
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_larger_budget_never_loses_worth(form):
-    """Monotone in the budget, over a fine grid of it."""
-    spectra = {f"m{i}": spectrum((24, 16), i) for i in range(4)}
-    worths = []
-    for keep in np.linspace(0.2, 1.0, 81):
-        choices = Keep(float(keep)).choose(spectra, {}, form)
-        worths.append(sum(chosen_worth(spectra[name], c) for name, c in choices.items()))
-
-    slack = max(24 * 16 * float(known.values[3]) ** 2 / known.energy for known in spectra.values())
-    assert all(b >= a - slack for a, b in itertools.pairwise(worths))
-    assert worths[-1] == 4 * 24 * 16
+        assert 0 <= budget - given.spent(choices) < max(0.005 * budget, step)
+    assert tight >= 3
 
 
-def test_dense_is_among_the_choices():
+@every_unit
+@every_form
+def test_a_larger_budget_never_loses_worth(form, unit):
+    """Monotone in the budget, over a fine grid of it, but for the step that greed may miss."""
+    given = problem(unit, form, 1, shapes=((24, 16),) * 4)
+    worths = [given.worth(given.solve(b)) for b in given.budgets(*np.linspace(0, 1, 41))]
+
+    assert all(b >= a - given.largest_step for a, b in itertools.pairwise(worths))
+    assert worths[-1] == sum(item.dense_parameters for item in given.items.values()) - 90
+
+
+@every_unit
+@every_form
+def test_dense_is_among_the_choices(form, unit):
     """A flat matrix beside a rank-1 one: the budget keeps the flat one whole."""
-    flat, low = spectrum((20, 20), values=[1.0] * 20), spectrum((20, 20), values=[1.0] + [0.0] * 19)
+    flat, low = spectrum((40, 40), values=[1.0] * 40), spectrum((40, 40), values=[1.0] + [0.0] * 39)
+    known = {"flat": flat, "low": low}
+    given = Problem(unit, Terms(form), items_of(known), known)
 
-    choices = Keep(0.56).choose({"flat": flat, "low": low}, {}, "ba")
+    choices = given.solve(given.price("flat", None) + given.price("low", 1))
 
     assert choices["flat"] == Choice(None, "dense: the better use of the budget")
-    assert choices["low"].rank is not None
+    assert choices["low"].rank == 1
 
 
-def test_the_whole_budget_keeps_everything_dense():
-    """--keep 1 has room for every matrix as it is."""
-    choices = Keep(1.0).choose({"a": spectrum((9, 7)), "b": spectrum((7, 9))}, {}, "ba")
+@every_unit
+@every_form
+@every_align
+def test_the_whole_budget_keeps_everything_dense(align, form, unit):
+    """There is room for every matrix as it is; a unit less, and one of them is factored."""
+    given = problem(unit, form, align)
+    whole, less = given.solve(given.most), given.solve(given.most - 1)
 
-    assert all(choice.rank is None for choice in choices.values())
+    assert all(choice.rank is None for choice in whole.values())
+    assert any(choice.rank is not None for choice in less.values())
 
 
-def test_dense_matrices_count_against_the_budget():
-    """What has no paying rank is spent before the rest is shared out."""
+@every_unit
+def test_what_is_not_factored_counts_against_the_budget(unit):
+    """No rank that pays, a decomposition that failed, another tensor: spent before the rest."""
     known = {"m": spectrum((30, 30))}
-    alone = Keep(0.5).choose(known, {}, "ba")["m"].rank
-    beside = Keep(0.5).choose(known, {"vector": (1, 90)}, "ba")["m"].rank
-    assert alone is not None
-    assert beside is not None
+    beside = {"vector": Item((1, 90)), "failed": Item((12, 10), count=2)}
+    size = 4 if unit == "size" else 1
+    alone = Problem(unit, Terms(), items_of(known), known)
+    crowded = Problem(unit, Terms("ba", 1, rest_bytes=24), items_of(known) | beside, known)
 
-    assert alone == 450 // 60
-    assert beside == (495 - 90) // 60
+    assert alone.solve(450 * size)["m"].rank == 450 // 60
+    assert crowded.solve(700 * size)["m"].rank == (700 - 90 - 240 - (6 if size == 4 else 0)) // 60
+
+
+def test_bytes_count_the_dtype_of_the_factors_and_the_permutation():
+    """60 numbers a rank of B·A in 2 bytes; r(60 − r) in 8 and 30 int64 if pivoted."""
+    known = {"m": spectrum((30, 30))}
+    narrow, wide = {"m": Item((30, 30), 1, 4, 2)}, {"m": Item((30, 30), 1, 4, 8)}
+
+    assert Size(600).choose(narrow, known, Terms())["m"].rank == 5
+    assert Size(599).choose(narrow, known, Terms())["m"].rank == 4
+    assert Size(5 * 55 * 8 + 240).choose(wide, known, Terms("pivoted"))["m"].rank == 5
+    assert Size(5 * 55 * 8 + 239).choose(wide, known, Terms("pivoted"))["m"].rank == 4
+
+
+@every_unit
+def test_a_stack_counts_as_many_times_as_it_has_matrices(unit):
+    """Three in one tensor: the rank that each of three alone would have, for three times that."""
+    known = {"m": spectrum((30, 30))}
+    for form, align in itertools.product(FORMS, ALIGNS):
+        one = Problem(unit, Terms(form, align), items_of(known), known)
+        three = Problem(unit, Terms(form, align), {"m": Item((30, 30), count=3)}, known)
+        for rank in range(align, paying_rank((30, 30), "ba") + 1, align):
+            budget = one.price("m", rank)
+
+            assert one.solve(budget)["m"].rank == three.solve(3 * budget)["m"].rank == rank
+            if rank > align:
+                assert three.solve(3 * budget - 1)["m"].rank == rank - align
 
 
 def test_ties_are_broken_by_name():
@@ -273,7 +589,7 @@ def test_ties_are_broken_by_name():
     known = spectrum((10, 10), values=[float(v) for v in range(10, 0, -1)])
     spectra = dict.fromkeys(["c", "a", "b"], known)
 
-    choices = Keep(0.67).choose(spectra, {}, "ba")
+    choices = Keep(0.67).choose(items_of(spectra), spectra, Terms())
 
     ranks = [choices[name].rank for name in "abc"]
     assert ranks == [4, 3, 3]
@@ -281,45 +597,189 @@ def test_ties_are_broken_by_name():
 
 def test_a_budget_below_rank_1_everywhere_is_refused_with_the_least_that_works():
     """The message's figure, given back, is accepted."""
-    shapes = {"a": (20, 10), "b": (10, 20)}
-    spectra = {name: spectrum(shape) for name, shape in shapes.items()}
+    spectra = {"a": spectrum((20, 10)), "b": spectrum((10, 20))}
+    items = items_of(spectra)
     with pytest.raises(UsageError, match=r"rank 1 everywhere keeps 0\.1500"):
-        Keep(0.1499).choose(spectra, {}, "ba")
+        Keep(0.1499).choose(items, spectra, Terms())
     with pytest.raises(UsageError, match=r"rank 1 everywhere keeps 0\.1500"):
-        Keep(0.1499).check(shapes, "ba")
+        Keep(0.1499).check(items, Terms())
+    with pytest.raises(UsageError, match=r"takes 247 bytes, 7 of them for tensors that are not"):
+        Size(246).check(items, Terms(rest_bytes=7))
 
-    Keep(0.15).check(shapes, "ba")
-    choices = Keep(0.15).choose(spectra, {}, "ba")
+    Keep(0.15).check(items, Terms())
+    Size(247).check(items, Terms(rest_bytes=7))
+    for policy in (Keep(0.15), Size(247)):
+        choices = policy.choose(items, spectra, Terms(rest_bytes=7))
 
-    assert [choice.rank for choice in choices.values()] == [1, 1]
+        assert [choice.rank for choice in choices.values()] == [1, 1]
 
 
-def test_a_single_matrix_takes_what_the_budget_buys():
+@every_unit
+@every_form
+@every_align
+def test_the_least_that_works_is_the_least_of_all_choices(align, form, unit):
+    """One unit below it is refused by sizes alone and by spectra; the message names the rank."""
+    for seed in range(4):
+        given = problem(unit, form, align, seed)
+        choices, below = given.solve(given.least), given.policy(given.least - 1)
+        words = f"--{unit} .* cannot be reached: rank {align} everywhere"
+
+        assert given.spent(choices) == given.least
+        with pytest.raises(UsageError, match=words):
+            below.check(given.items, given.terms)
+        with pytest.raises(UsageError, match=words) as caught:
+            below.choose(given.items, given.spectra, given.terms)
+        figure = (
+            str(given.least)
+            if unit == "size"
+            else f"{math.ceil(1e4 * given.least / given.most) / 1e4:.4f}"
+        )
+        assert f" {figure} " in str(caught.value)
+
+
+@every_form
+def test_a_chosen_rank_takes_fewer_bytes_than_dense_under_a_size(form):
+    """Factors of a wider dtype, and permutations, may take more than the matrix itself."""
+    items = {"m": Item((40, 12), 1, 2, 8), "zero": Item((50, 50), 1, 2, 8)}
+    low = [1.0] * 8 + [0.0] * 4
+    spectra = {
+        "m": spectrum((40, 12), values=low),
+        "zero": spectrum((50, 50), values=[0.0] * 50),
+    }
+    given = Problem("size", Terms(form), items, spectra)  # type: ignore[arg-type]
+
+    rank = given.solve(given.most)["m"].rank
+
+    assert rank is None or items["m"].bytes(rank, form) < items["m"].dense_bytes
+
+
+def test_auto_reaches_every_size_that_one_of_its_forms_reaches():
+    """At low ranks B·A takes fewer bytes than the permutation alone."""
+    items = {"m": Item((512, 512), 1, 2, 2)}
+    Size(2048).check(items, Terms("ba"))
+
+    Size(2048).check(items, Terms("auto"))
+
+
+@every_unit
+def test_a_single_matrix_takes_what_the_budget_buys(unit):
     """One matrix, one division."""
-    for keep in (0.2, 0.4, 0.6, 0.8):
-        choice = Keep(keep).choose({"m": spectrum((40, 40))}, {}, "ba")["m"]
+    known = {"m": spectrum((40, 40))}
+    given = Problem(unit, Terms(), items_of(known), known)
+    for share in (0.2, 0.4, 0.6, 0.8):
+        budget = math.floor(share * given.most)
 
-        assert choice.rank == math.floor(keep * 1600) // 80
+        assert given.solve(budget)["m"].rank == budget // given.price("m", 1)
 
 
-def test_a_zero_matrix_is_worth_its_whole_size_at_rank_1():
+@every_unit
+@every_form
+@every_align
+def test_a_zero_matrix_is_worth_its_whole_size_at_the_first_rank(align, form, unit):
     """Nothing is lost by cutting it, so nothing more is spent on it."""
-    zero = spectrum((20, 20), values=[0.0] * 20)
+    known = {"zero": spectrum((40, 40), values=[0.0] * 40), "other": spectrum((40, 40))}
+    given = Problem(unit, Terms(form, align), items_of(known), known)
 
-    choices = Keep(0.55).choose({"zero": zero, "other": spectrum((20, 20))}, {}, "ba")
+    choices = given.solve(given.price("zero", align) + given.price("other", None))
 
-    assert choices["zero"].rank == 1
+    assert choices["zero"].rank == align
     assert choices["other"].rank is None
 
 
-def test_no_matrix_at_all_is_no_choice_at_all():
-    """Everything targeted was copied already: nothing to choose, within any budget of 1."""
-    assert Keep(1.0).choose({}, {"v": (1, 5)}, "ba") == {}
+@every_unit
+def test_no_matrix_at_all_is_no_choice_at_all(unit):
+    """Everything targeted was copied already: nothing to choose, within any budget of all."""
+    given = Problem(unit, Terms(), {"v": Item((1, 5))}, {})
+
+    assert given.solve(given.most) == {}
 
 
-def test_an_exactly_low_rank_matrix_is_factored_whatever_the_budget():
+@every_unit
+@every_form
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_exactly_low_rank_matrix_is_factored_whatever_the_budget(count, form, unit):
     """What factoring loses there is rounding, so dense is not worth its price."""
-    flat = spectrum((64, 48), values=[3.0, 2.0] + [1e-8] * 46)
+    known = {"a": spectrum((64, 48), values=[3.0, 2.0] + [1e-8] * 46)}
+    for align, rank in ((1, 2), (4, 4)):
+        given = Problem(unit, Terms(form, align), {"a": Item((64, 48), count)}, known)
+        for budget in given.budgets(0.3, 0.5, 1):
+            assert given.solve(budget) == {"a": given.terms.choice(rank)}
 
-    assert Keep(1.0).choose({"a": flat}, {}, "ba") == {"a": Choice(2)}
-    assert Keep(0.5).choose({"a": flat}, {}, "ba") == {"a": Choice(2)}
+
+# The parts of a budget.
+
+
+def price(item: Item, rank: int | None) -> int:
+    return parameters(item, rank, "ba")
+
+
+@every_align
+def test_a_menu_holds_every_aligned_rank_that_pays_and_dense(align):
+    """Its costs and worths in closed form, once for each matrix of a stack."""
+    item, known = Item((24, 20), count=3), spectrum((24, 20))
+    menu = Menu.of(item, known, Terms("ba", align), price)
+    ranks = [*range(align, 10 + 1, align), None]
+
+    assert [menu.choice(pick, Terms()).rank for pick in range(len(menu.costs))] == ranks
+    assert menu.costs.tolist() == [parameters(item, r, "ba") for r in ranks]
+    assert menu.worths.tolist() == pytest.approx([worth(item, known, r) for r in ranks])
+    assert menu.least == parameters(item, align, "ba")
+    assert menu.choice(len(ranks) - 1, Terms()).reason.startswith("dense: ")
+
+
+def test_a_menu_of_a_partial_spectrum_has_the_ranks_that_are_known():
+    """Their worths are the whole spectrum's: the tail is in the energy."""
+    item, known = Item((24, 20)), spectrum((24, 20))
+    part = Spectrum(known.shape, known.values[:5], known.energy)
+    menu, whole = (Menu.of(item, s, Terms(), price) for s in (part, known))
+
+    assert menu.ranks.tolist() == [1, 2, 3, 4, 5]
+    assert menu.worths[:5].tolist() == pytest.approx(whole.worths[:5].tolist())
+    assert menu.worths[-1] == whole.worths[-1]
+
+
+def test_the_best_pick_of_a_menu_trades_worth_for_cost():
+    """By trying all, over multipliers from where cost is nothing to where it is everything."""
+    item, known = Item((24, 20)), spectrum((24, 20))
+    menu = Menu.of(item, known, Terms(), price)
+    for multiplier in [0.0, *np.logspace(-3, 3, 25)]:
+        values = [w - multiplier * c for w, c in zip(menu.worths, menu.costs, strict=True)]
+
+        assert values[menu.best(multiplier)] == max(values)
+    assert menu.choice(menu.best(0.0), Terms()).rank is None
+    assert menu.choice(menu.best(1e9), Terms()).rank == 1
+
+
+def test_bisect_takes_corners_within_the_budget_and_fill_only_adds():
+    """One multiplier for all; what it leaves is spent on single ranks, and spend is both."""
+    given = problem("keep", "ba", 1)
+    menus = {
+        name: Menu.of(given.items[name], known, given.terms, price)
+        for name, known in given.spectra.items()
+    }
+    for budget in given.budgets(0, 0.2, 0.4, 0.6, 0.8, 1):
+        left = budget - given.fixed
+        corners = bisect(menus, left)
+        picks = fill(menus, corners, left)
+        for name, pick in corners.items():
+            corner = menus[name].costs[pick], pytest.approx(menus[name].worths[pick])
+
+            assert corner in hull(given.points(name))
+        assert sum(menus[name].costs[pick] for name, pick in picks.items()) <= left
+        assert all(picks[name] >= corners[name] for name in menus)
+        assert spend(menus, left, Terms()) == {
+            name: menus[name].choice(p, Terms()) for name, p in picks.items()
+        }
+
+
+def test_fill_takes_the_best_worth_per_unit_first():
+    """Two menus of one step each: the dearer step is worth more, the cheaper one more per unit."""
+    ranks = np.array([1])
+    cheap = Menu(ranks, np.array([10.0, 14.0]), np.array([1.0, 9.0]))
+    dear = Menu(ranks, np.array([10.0, 30.0]), np.array([1.0, 21.0]))
+    menus, start = {"cheap": cheap, "dear": dear}, {"cheap": 0, "dear": 0}
+
+    assert fill(menus, start, 43) == {"cheap": 1, "dear": 0}
+    assert fill(menus, start, 44) == {"cheap": 1, "dear": 1}
+    assert fill(menus, start, 23) == start
+    assert start == {"cheap": 0, "dear": 0}

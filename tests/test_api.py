@@ -11,6 +11,7 @@ import eckart
 from eckart import api
 from eckart.allocate import FixedRank, Keep
 from eckart.errors import CheckpointError, NonFiniteError, UsageError
+from eckart.inspection import verdict
 from eckart.linalg.matrices import matrix_with_spectrum, random_low_rank
 from eckart.linalg.spectrum import Spectrum
 
@@ -122,7 +123,7 @@ def spectrum(values: list[float], shape: tuple[int, int]) -> Spectrum:
 )
 def test_the_verdict_says_in_words_whether_factoring_pays(values, rank, words):
     """The rank itself, then 1, 3 and 10 % error, then not worth it."""
-    assert api.verdict(spectrum(values, (16, 16)), rank) == words
+    assert verdict(spectrum(values, (16, 16)), rank) == words
 
 
 def test_a_plan_reads_headers_only(tmp_path):

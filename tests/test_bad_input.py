@@ -169,7 +169,7 @@ HOLE = {"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 8, 12)}
 SOURCES: list[tuple[str, Callable[[Path], None], str]] = [
     ("missing folder", missing, "src does not exist check the path"),
     ("empty folder", empty, f"no {WEIGHTS} in src give the folder"),
-    ("a file, not a folder", a_file, f"src is not a folder give {WEIGHTS}"),
+    ("a file, not a folder", a_file, "src is neither a folder nor a .safetensors give the folder"),
     ("FIFO", fifo, f"src/{WEIGHTS} is not a regular file"),
     ("device", device, f"src/{WEIGHTS} is not a regular file"),
     ("link to nothing", dangling, f"no {WEIGHTS} in src"),
@@ -295,7 +295,7 @@ def test_what_headers_and_config_show_is_refused_before_the_first_svd(
     """A config.json that cannot be carried over costs no decomposition."""
     build(tmp_path)
     before = snapshot(tmp_path)
-    monkeypatch.setattr(api, "decompose", lambda *_, **__: pytest.fail("an SVD was begun"))
+    monkeypatch.setattr(api, "decompose_all", lambda *_, **__: pytest.fail("an SVD was begun"))
 
     done = eckart("compress", tmp_path / "src", "-o", tmp_path / "out", *RANK)
 
@@ -364,7 +364,7 @@ def test_an_output_is_never_put_where_something_is(place, force, tmp_path, monke
     where = PLACES[place]
     where.build(tmp_path)
     before = snapshot(tmp_path)
-    monkeypatch.setattr(api, "decompose", lambda *_, **__: pytest.fail("an SVD was begun"))
+    monkeypatch.setattr(api, "decompose_all", lambda *_, **__: pytest.fail("an SVD was begun"))
     words = where.words.replace("exists --force", "was not written") if force else where.words
     words = words.replace("out exists", "out was not written by eckart") if force else words
 
@@ -375,16 +375,17 @@ def test_an_output_is_never_put_where_something_is(place, force, tmp_path, monke
     assert snapshot(tmp_path) == before
 
 
-def test_a_stale_work_folder_is_somebody_elses_run(tmp_path):
+def test_a_folder_in_the_place_of_the_work_is_somebody_elses(tmp_path):
     """Exit 4, the folder's name, and it is left alone."""
     src = write_checkpoint(tmp_path / "src")
     (tmp_path / "out.eckart-work").mkdir()
+    (tmp_path / "out.eckart-work" / "thesis.txt").write_text("theirs")
     before = snapshot(tmp_path)
 
     done = eckart("compress", src, "-o", tmp_path / "out", *RANK)
 
     assert done.code == 4
-    assert holds_words(done.message, "out.eckart-work exists another run delete")
+    assert holds_words(done.message, "out.eckart-work eckart did not make it move it away")
     assert snapshot(tmp_path) == before
 
 
@@ -407,7 +408,7 @@ def test_force_replaces_only_what_eckart_wrote(tmp_path):
 # Options.
 
 OPTIONS: list[tuple[tuple[str, ...], str]] = [
-    ((), "exactly one of --rank, --energy, --error and --keep got none"),
+    ((), "exactly one of --rank, --energy, --error, --keep and --size got none"),
     (("--rank", "2", "--keep", "0.5"), "exactly one got --rank and --keep"),
     (("--energy", "0.9", "--error", "0.1"), "exactly one got --energy and --error"),
     (("--loss", "0.1"), "No such option --loss"),
@@ -430,10 +431,16 @@ OPTIONS: list[tuple[tuple[str, ...], str]] = [
     (("--rank", "2", "--include", "norm"), "'norm' matches no matrix"),
     (("--rank", "2", "--dtype", "int8"), "--dtype int8 unknown choose float64, bfloat16"),
     (("--rank", "2", "--dtype", "F32"), "--dtype F32 unknown choose"),
-    (("--rank", "2", "--form", "round"), "--form 'round' is not one of 'ba', 'pivoted'"),
+    (("--rank", "2", "--form", "round"), "--form 'round' is not one of 'auto', 'ba', 'pivoted'"),
+    (("--rank", "2", "--align", "0"), "--align 0 out of range whole number from 1"),
+    (("--rank", "2", "--align", "4"), "--rank 2 is no multiple of --align 4"),
+    (("--size", "many"), "--size many is no size 5GB"),
+    (("--size", "0"), "--size 0 out of range 1 byte or more"),
+    (("--size", "100"), "--size 100 cannot be reached rank 1 everywhere takes"),
+    (("--rank", "2", "--workers", "0"), "--workers 0 out of range"),
     (("--rank", "2", "--device", "abacus"), "--device abacus not supported cpu or cuda"),
     (("--rank", "2", "--device", "cuda:77"), "--device cuda:77 not to be had here"),
-    (("--rank", "2", "--threads", "0"), "--threads 1"),
+    (("--rank", "2", "--threads", "0"), "--threads 0 out of range"),
     (("--rank", "2", "--seed", "x"), "--seed integer"),
 ]
 
@@ -445,7 +452,7 @@ def test_a_wrong_option_is_refused_before_the_first_svd(line, words, tmp_path, m
     """Exit 2, the option and the value that was given, and what to choose instead."""
     src = write_checkpoint(tmp_path / "src")
     before = snapshot(tmp_path)
-    monkeypatch.setattr(api, "decompose", lambda *_, **__: pytest.fail("an SVD was begun"))
+    monkeypatch.setattr(api, "decompose_all", lambda *_, **__: pytest.fail("an SVD was begun"))
 
     done = eckart("compress", src, "-o", tmp_path / "out", *line)
 
@@ -590,7 +597,8 @@ class Failing:
 
 @pytest.mark.parametrize("command", ["compress", "densify", "compress --force"])
 def test_whichever_write_fails_the_output_is_absent_or_as_it_was(command, tmp_path, monkeypatch):
-    """The N-th storage call fails, for N = 1 … until a run is clean: exit 5, nothing left."""
+    """The N-th storage call fails, for N = 1 … until a run is clean: exit 5, and nothing is left
+    but the decompositions that are done, from which the clean run goes on."""
     src, out = write_checkpoint(tmp_path / "src"), tmp_path / "out"
     api.compress(src, tmp_path / "factored", rank=2)
     if command == "compress --force":
@@ -613,10 +621,16 @@ def test_whichever_write_fails_the_output_is_absent_or_as_it_was(command, tmp_pa
             assert failing.count >= n
             assert code == 5, done.err
             assert "No space left" in done.message
-            assert snapshot(tmp_path) == before, f"storage call {n}"
+            left = snapshot(tmp_path)
+            kept = {name for name in left if name.startswith("out.eckart-work")}
+            assert {name: left[name] for name in left.keys() - kept} == before, f"call {n}"
+            assert not any(name.startswith("out.eckart-work/output") for name in kept)
         assert n < 200
     assert n > 10
-    assert failing.count == n - 1
+    assert failing.count < n
+    assert snapshot(tmp_path).keys() - before.keys() <= {
+        name for name in snapshot(tmp_path) if name.split("/")[0] == "out"
+    }
     assert eckart("verify", out).code == 0
 
 

@@ -15,8 +15,8 @@ from eckart.checkpoint.documents import canonical_json
 from eckart.errors import CheckpointError
 
 KEYS = """
-schema kind digest source options versions files matrices copied refitted stored_whole lost factored
-loss totals run
+schema kind digest source options versions files matrices copied tied refitted stored_whole lost
+factored loss totals remarks run
 """
 MATRIX_KEYS = """
 name shape dtype orientation rank form parameters bytes relative_error excess_estimate optimum

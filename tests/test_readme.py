@@ -28,20 +28,21 @@ def test_the_python_of_the_readme_runs_and_prints_its_comments(capsys):
 
 @pytest.fixture
 def at_home(tmp_path, monkeypatch) -> Path:
-    """An empty folder with the embedded model in it, as MODEL."""
-    (tmp_path / "MODEL").symlink_to(embedded("models", "base"))
+    """An empty folder with the embedded models in it, as MODEL and TUNED."""
+    for name, model in (("MODEL", "base"), ("TUNED", "tuned")):
+        (tmp_path / name).symlink_to(embedded("models", model))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_the_commands_of_the_readme_run(at_home):
-    """inspect, compress, verify and densify, as they stand there, on the embedded model."""
-    (block,) = (text for _, text in BLOCKS if "eckart inspect  MODEL" in text)
-    commands = [line.partition("#")[0].split() for line in block.strip().splitlines()]
-    codes = [eckart(*command[1:]).code for command in commands]
+    """Every command of every use case, as it stands there, on the embedded models."""
+    blocks = [text for _, text in BLOCKS if text.startswith("eckart ")]
+    lines = [line.partition("#")[0].split() for text in blocks for line in text.splitlines()]
+    codes = [eckart(*line[1:]).code for line in lines]
 
-    assert [command[1] for command in commands] == ["inspect", "compress", "verify", "densify"]
-    assert codes == [0, 0, 0, 0]
+    assert {line[1] for line in lines} == {"inspect", "compress", "verify", "densify"}
+    assert codes == [0] * len(lines)
 
 
 def test_the_tree_of_the_readme_has_a_line_for_every_file():

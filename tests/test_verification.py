@@ -22,7 +22,8 @@ from builders import (
 )
 from safetensors.torch import save
 
-from eckart import api, compress, densify, verification, verify
+from eckart import api, compress, densify, verify
+from eckart.assemble import measurement
 from eckart.errors import EckartError, PromiseError
 
 FORMS = ("ba", "pivoted")
@@ -265,7 +266,6 @@ TAMPERINGS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
     "a copied vector": lambda t: t["norm.weight"][0].add_(1e-3),
     "a copied scalar": lambda t: t["steps"].add_(1),
     "a copied mask": lambda t: t["mask"].logical_not_(),
-    "a copied matrix's dtype": lambda t: t.update({"norm.weight": t["norm.weight"].half()}),
 }
 
 
@@ -288,7 +288,33 @@ ALONE: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
     "a factor of another shape": lambda t: t.update({f"{X}.A.weight": torch.ones(2, 16)}),
     "a copied tensor missing": lambda t: t.pop("norm.weight"),
     "a tensor added": lambda t: t.update(ghost=torch.ones(2)),
+    "a copied vector's dtype": lambda t: t.update({"norm.weight": t["norm.weight"].half()}),
 }
+
+FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "an error below the optimum": lambda d: d["matrices"][0].update(
+        relative_error=0.5 * d["matrices"][0]["optimum"], optimum=d["matrices"][0]["optimum"]
+    ),
+    "fewer parameters of a matrix": lambda d: d["matrices"][0].update(parameters=[384, 1]),
+    "fewer bytes of a matrix": lambda d: d["matrices"][0].update(bytes=[1536, 4]),
+    "fewer parameters of the model": lambda d: d["totals"].update(model_parameters=[9999, 1]),
+    "fewer bytes in all": lambda d: d["totals"].update(tensor_bytes=[9999, 1]),
+    "fewer targeted parameters": lambda d: d["totals"].update(targeted_parameters=[9999, 1]),
+    "a tensor tied and copied": lambda d: d["tied"].append({"name": "steps", "to": "mask"}),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_claims_that_cannot_be_true_are_found_without_the_source(forgery, tmp_path):
+    """Every digest is made to hold again: the counts of the files, and Eckart and Young, tell."""
+    src, out = write_checkpoint(tmp_path / "src"), tmp_path / "out"
+    compress(src, out, energy=0.9)
+    forge(out, lambda document: None)
+    sound = all(check.held for check in verify(out))
+    forge(out, FORGERIES[forgery])
+
+    assert sound
+    assert broken(out)
 
 
 @pytest.mark.parametrize("tampering", ALONE)
@@ -364,14 +390,14 @@ def test_an_error_that_is_rounding_alone_may_come_out_differently(tmp_path, monk
     exact = decaying("x", 60, 40)[:, :1] @ decaying("y", 1, 40)
     src, out = write_checkpoint(tmp_path / "src", {"r.weight": exact}), tmp_path / "out"
     compress(src, out, rank=1)
-    real = verification.output_difference
+    real = measurement.output_difference
 
     def jittered(*args: Any, **options: Any) -> Any:
         found, ulps = real(*args, **options), 4e-16
         size = found.max / found.relative
         return type(found)(found.max + ulps * size, found.relative + ulps)
 
-    monkeypatch.setattr(verification, "output_difference", jittered)
+    monkeypatch.setattr(measurement, "output_difference", jittered)
 
     assert not broken(out, src)
 

@@ -5,7 +5,7 @@ Knows the schema and its canonical spelling; must not know how the numbers were 
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -13,14 +13,16 @@ from eckart.checkpoint.documents import canonical_json, parse_json
 from eckart.checkpoint.paths import printable, read_bytes
 from eckart.checkpoint.writer import CERTIFICATE
 from eckart.errors import CheckpointError
+from eckart.matrix import FactorForm, Orientation
 
 SCHEMA = "eckart/1"
 CERTIFICATE_BYTES = 2**28
 
-FactorForm = Literal["ba", "pivoted"]
 Form = Literal["ba", "pivoted", "dense"]
+Kind = Literal["factored", "dense"]
 Options = dict[str, str | int | float | bool | list[str] | None]
 Pair = tuple[int, int]  # before, after
+Sides = Annotated[tuple[int, ...], msgspec.Meta(min_length=2, max_length=4)]
 
 
 class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -52,9 +54,9 @@ class MatrixRecord(Document, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """One factored matrix, measured from the written file."""
 
     name: str
-    shape: Pair
+    shape: Sides  # as the tensor is stored
     dtype: str
-    orientation: Literal["out_in"]
+    orientation: Orientation
     rank: int
     form: Form
     parameters: Pair
@@ -75,6 +77,13 @@ class Row(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
     reason: str
 
 
+class TiedRow(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A second name of a tensor that is stored once."""
+
+    name: str
+    to: str
+
+
 class LostRow(Row, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A tensor that the output does not carry, with its share of the energy."""
 
@@ -86,8 +95,8 @@ class FactoredEntry(Document, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     rank: int
     form: FactorForm
-    shape: Pair
-    orientation: Literal["out_in"]
+    shape: Sides
+    orientation: Orientation
 
 
 class Totals(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -120,7 +129,7 @@ class Certificate(Document, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """Everything that is claimed of an output folder. `digest` covers all the rest."""
 
     schema: Literal["eckart/1"] = SCHEMA
-    kind: Literal["factored", "dense"]
+    kind: Kind
     digest: str = ""
     source: SourceRecord
     options: Options
@@ -128,18 +137,24 @@ class Certificate(Document, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     files: dict[str, FileRecord]
     matrices: list[MatrixRecord]
     copied: list[Row]
+    tied: list[TiedRow] = []
     refitted: list[Row] = []
     stored_whole: list[Row] = []
     lost: list[LostRow] = []
     factored: dict[str, FactoredEntry]
     loss: Loss = Loss()
     totals: Totals
+    remarks: list[str] = []  # what a reader of the numbers should know
     run: Run
 
     @property
     def seed(self) -> int:
         """The seed that the output's random inputs were drawn with."""
         return int(str(self.options["seed"]))
+
+    def entry(self, record: MatrixRecord) -> FactoredEntry:
+        """Returns how a changed tensor is stored as factors in this output."""
+        return self.factored[record.name.removesuffix(".weight")]
 
     def document(self) -> dict[str, object]:
         """Returns the JSON document with its digest filled in."""
@@ -152,19 +167,38 @@ class Certificate(Document, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         return canonical_json(self.document()) + b"\n"
 
 
+class Delta(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The evidence for the rank of tuned − base: see `eckart.signal_rank`."""
+
+    threshold: float
+    bound: int
+    share: float
+    below_floor: bool
+
+
 class Inspection(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One matrix as `inspect` saw it."""
+    """One tensor's matrices as `inspect` saw them."""
 
     name: str
-    shape: Pair
+    shape: Sides
     dtype: str
-    numerical_rank: int
-    signal_rank: int | None  # half precision only
-    effective_rank: float
-    rank_90: int
-    rank_99: int
+    numerical_rank: int | None  # null where only the leading values were computed
+    signal_rank: int | None  # half precision and deltas only
+    effective_rank: float | None
+    rank_90: int | None
+    rank_99: int | None
     break_even: int
     verdict: str
+    energy: float
+    values: list[float]
+    delta: Delta | None = None
+
+
+class Summary(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What 99 % of the energy of every matrix costs, before and after."""
+
+    parameters: Pair
+    text: str
 
 
 class InspectionReport(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -173,9 +207,12 @@ class InspectionReport(Document, frozen=True, forbid_unknown_fields=True, kw_onl
     schema: Literal["eckart/1"] = SCHEMA
     kind: Literal["inspection"] = "inspection"
     source: SourceRecord
+    base: SourceRecord | None = None
     versions: dict[str, str]
     matrices: list[Inspection]
     copied: list[Row]
+    summary: Summary
+    remarks: list[str] = []
 
 
 def read_certificate(folder: Path) -> Certificate:

@@ -9,8 +9,10 @@ EckartError                 1  our own bug, unless a subclass says otherwise
 │   ├── DtypeError          3  a number format no factorization exists for
 │   └── NonFiniteError      3  NaN or Inf among the entries
 ├── FactorizationError      3  every method failed its own check on this matrix
-├── BusyError               4  another run holds, or left, the work folder
+├── BusyError               4  another run holds the work folder
+├── StaleError              4  the work folder belongs to another request
 ├── StorageError            5  no space, no permission, no such device
+├── ResourceError           5  not enough memory; a worker process that died
 └── PromiseError            6  the result does not hold what its certificate says
 """
 
@@ -60,13 +62,25 @@ class FactorizationError(EckartError, ArithmeticError):
 
 
 class BusyError(EckartError):
-    """Another run holds the work folder, or a killed one left it."""
+    """Another run holds the work folder."""
+
+    exit_code = 4
+
+
+class StaleError(EckartError):
+    """The work folder belongs to another request."""
 
     exit_code = 4
 
 
 class StorageError(EckartError, OSError):
     """The file system refused: no space, no permission."""
+
+    exit_code = 5
+
+
+class ResourceError(EckartError):
+    """The machine cannot do it: not enough memory, or a worker process that died of it."""
 
     exit_code = 5
 

@@ -1,7 +1,9 @@
-"""Which tensors of a checkpoint are matrices worth factoring, and why the others are not.
+"""Which tensors of a checkpoint are matrices worth factoring, how they are read, and why the
+others are not.
 
-The default rule needs no list of models: 2-D, floating, called `….weight`, and not an
-embedding, norm or output head.
+The default rule needs no list of models: 2-D, floating, called `….weight` (or a bare array, whose
+name has no dot), and not an embedding, norm or output head; 4-D weights are convolutions. The
+exceptions are a short table: transposed Conv1D layers, and experts fused into one 3-D tensor.
 """
 
 import re
@@ -10,7 +12,9 @@ from fnmatch import fnmatchcase
 
 from eckart.checkpoint.header import TensorInfo
 from eckart.checkpoint.paths import printable
+from eckart.checkpoint.source import Source
 from eckart.errors import UsageError
+from eckart.matrix import Matrix, Orientation
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 
@@ -18,53 +22,141 @@ EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared|relative_attention_bias)(\.
 NORM = re.compile(r"norm|(^|\.)ln(_\w+)?(\.|$)", re.IGNORECASE)
 HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|score|classifier|head|cls)(\.|$)")
 
+CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
+"""GPT-2's layers, which transformers stores as (in, out) in some families and not in others."""
+
+EXPERT = re.compile(r"(^|\.)(experts\.|(block_sparse_moe|mlp)\.(in|out)put_linear)")
+"""Experts, each a tensor of its own or fused into a 3-D one (Llama 4, gpt-oss, Qwen3-VL-MoE;
+Granite and JetMoE)."""
+
+PAIRS = {"gate_up_proj": "down_proj", "input_linear": "output_linear"}
+"""The fused layer that widens, and the one behind it: their shapes tell the order of the sides."""
+
 
 def matrices(
-    tensors: Mapping[str, TensorInfo],
-    *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-) -> dict[str, str | None]:
-    """Returns every tensor's name with None if it is a matrix, else the reason why it is not.
+    source: Source, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[dict[str, Matrix], dict[str, str]]:
+    """Returns the matrices by name, and for every other tensor the reason why it is not one.
 
     `include` replaces the rule by names (shell globs over the tensor's or module's name) among the
-    2-D floating weights, so that a head can be named; `exclude` takes matrices out. A pattern that
-    matches no candidate is an error.
-
-    >>> info = TensorInfo((8, 8), "F32", "model.safetensors", 0, 256)
-    >>> matrices({"layers.0.up.weight": info, "embed.weight": info, "lm_head.weight": info})
-    {'layers.0.up.weight': None, 'embed.weight': 'embedding', 'lm_head.weight': 'output head'}
+    floating weights of a fitting shape, so that a head can be named; `exclude` takes matrices out.
+    A pattern that matches no candidate is an error. Of tied tensors (one memory, several names)
+    one stands for all.
     """
-    shapes = {name: _not_a_matrix(name, info) for name, info in tensors.items()}
-    candidates = [name for name, reason in shapes.items() if reason is None]
+    tensors, tied = source.tensors, _tied(source)
+    unfit = {name: f"tied to {to}" for name, to in tied.items()}
+    unfit |= {
+        name: why
+        for name, info in tensors.items()
+        if name not in tied and (why := _unfit(name, info))
+    }
+    candidates = [name for name in tensors if name not in unfit]
     _check_patterns(candidates, [*include, *exclude])
-    return {name: reason or _left_out(name, include, exclude) for name, reason in shapes.items()}
+    reasons = {
+        name: why
+        for name, info in tensors.items()
+        if (why := unfit.get(name) or _left_out(name, info, include, exclude))
+    }
+    transposed = _has_conv1d(tensors)
+    found = {
+        name: Matrix(tensors[name].shape, _orientation(name, tensors, transposed))
+        for name in tensors
+        if name not in reasons
+    }
+    return found, reasons
 
 
-def _left_out(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+def is_routed_expert(name: str) -> bool:
+    """Returns whether a tensor belongs to the experts of a mixture, which loaders fuse.
+
+    >>> is_routed_expert("model.layers.0.mlp.experts.3.up_proj.weight")
+    True
+    """
+    return EXPERT.search(name) is not None
+
+
+def _left_out(
+    name: str, info: TensorInfo, include: Sequence[str], exclude: Sequence[str]
+) -> str | None:
     if _matches(name, exclude):
         return "excluded by --exclude"
     if include:
         return None if _matches(name, include) else "not among --include"
-    return _role(name)
+    return _role(name, info)
 
 
-def _not_a_matrix(name: str, info: TensorInfo) -> str | None:
+def _unfit(name: str, info: TensorInfo) -> str | None:
+    """Why no pattern can make a matrix of it: its number format, or its shape.
+
+    A convolution over one input channel is depthwise, as a rule: its channels share no input, so
+    that no A before a 1×1 B computes it.
+    """
+    dimensions = len(info.shape)
     if info.dtype not in FLOATING:
         return f"dtype {info.dtype}"
-    if len(info.shape) != 2:
-        return f"{len(info.shape)}-D"
+    if dimensions not in (2, 4) and not (dimensions == 3 and EXPERT.search(name)):
+        return f"{dimensions}-D"
     if 0 in info.shape:
         return "empty"
-    return None if name.endswith(".weight") else "not a module's weight"
+    return "one input channel" if dimensions == 4 and info.shape[1] == 1 else None
 
 
-def _role(name: str) -> str | None:
+def _role(name: str, info: TensorInfo) -> str | None:
+    """Why a tensor of a fitting shape is none by default: what it is called."""
+    fused = len(info.shape) == 3  # parameters of a module, without `.weight` in most models
+    if "." in name and not name.endswith(".weight") and not fused:
+        return "not a module's weight"
     module = name.removesuffix(".weight")
-    for role, pattern in (("embedding", EMBEDDING), ("norm", NORM), ("output head", HEAD)):
-        if pattern.search(module):
-            return role
-    return None
+    kinds = (("embedding", EMBEDDING), ("norm", NORM), ("output head", HEAD))
+    return next((role for role, pattern in kinds if pattern.search(module)), None)
+
+
+def _tied(source: Source) -> dict[str, str]:
+    """Every tied name but one of each group, and that one: the embedding, where there is one."""
+    groups: dict[str, list[str]] = {}
+    for name, first in source.tied.items():
+        groups.setdefault(first, [first]).append(name)
+    kept = {
+        first: next((name for name in names if EMBEDDING.search(name)), first)
+        for first, names in groups.items()
+    }
+    return {
+        name: kept[first]
+        for first, names in groups.items()
+        for name in names
+        if name != kept[first]
+    }
+
+
+def _orientation(name: str, tensors: Mapping[str, TensorInfo], transposed: bool) -> Orientation:
+    if len(tensors[name].shape) == 3:
+        return _fused_orientation(name, tensors)
+    return "in_out" if transposed and CONV1D.search(name) else "out_in"
+
+
+def _has_conv1d(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether the layers of `CONV1D` are (in, out): their biases are as long as the second side.
+
+    One that is not square decides for all of them; the square ones cannot tell.
+    """
+    for name, info in tensors.items():
+        bias = tensors.get(f"{name.removesuffix('.weight')}.bias")
+        if CONV1D.search(name) and bias and len(info.shape) == 2 and len(set(info.shape)) == 2:
+            return bias.shape == info.shape[1:]
+    return False
+
+
+def _fused_orientation(name: str, tensors: Mapping[str, TensorInfo]) -> Orientation:
+    """(E, in, out) where only that order lets the two layers of an expert follow each other."""
+    for widening, narrowing in PAIRS.items():
+        wide, narrow = (
+            tensors.get(name.replace(narrowing, widening)),
+            tensors.get(name.replace(widening, narrowing)),
+        )
+        if wide and narrow and wide is not narrow and len(wide.shape) == len(narrow.shape) == 3:
+            (_, a, b), (_, c, d) = wide.shape, narrow.shape
+            return "in_out" if (a, b) == (d, 2 * c) else "out_in"
+    return "out_in"
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -18,7 +18,7 @@ WIDE = 130
 MIDDLE = 100
 """… and for every figure of a certificate."""
 
-LEFT = ("shape", "dtype", "verdict", "why")
+LEFT = ("shape", "dtype", "form", "verdict", "why")
 
 
 def inspection_table(report: InspectionReport, width: int) -> Group:
@@ -26,11 +26,11 @@ def inspection_table(report: InspectionReport, width: int) -> Group:
     columns: dict[str, Callable[[Inspection], str]] = {
         "shape": lambda row: _shape(row.shape),
         "dtype": lambda row: row.dtype,
-        "rank": lambda row: str(row.numerical_rank),
+        "rank": lambda row: _or_more(row.numerical_rank, row),
         "signal": lambda row: "–" if row.signal_rank is None else str(row.signal_rank),
-        "effective": lambda row: f"{row.effective_rank:.1f}",
-        "90 %": lambda row: str(row.rank_90),
-        "99 %": lambda row: str(row.rank_99),
+        "effective": lambda row: "–" if row.effective_rank is None else f"{row.effective_rank:.1f}",
+        "90 %": lambda row: _or_more(row.rank_90, row),
+        "99 %": lambda row: _or_more(row.rank_99, row),
         "pays to": lambda row: str(row.break_even),
         "verdict": lambda row: row.verdict,
     }
@@ -41,7 +41,8 @@ def inspection_table(report: InspectionReport, width: int) -> Group:
     for row, short in zip(report.matrices, _short(names), strict=True):
         table.add_row(short, *(cell(row) for cell in columns.values()))
     others = f"{len(report.copied)} other tensors are not matrices to factor"
-    return Group(table, Text(others, "dim"))
+    closing = [] if report.base else [Text(report.summary.text, "bold")]
+    return Group(table, Text(others, "dim"), *closing)
 
 
 def plan_table(plan: Plan) -> Group:
@@ -64,8 +65,8 @@ def certificate_table(certificate: Certificate, width: int) -> Group:
     left = [row for row in certificate.copied if row.reason.startswith("dense: ")]
     names = [row.name for row in [*certificate.matrices, *left]]
     shorts = iter(_short(names))
-    columns = ("shape", "rank", "parameters", "error", "optimum", "|Wx−BAx|")
-    shown = columns if width >= MIDDLE else columns[:4]
+    columns = ("shape", "rank", "form", "parameters", "error", "optimum", "|Wx−BAx|")
+    shown = columns if width >= MIDDLE else columns[:5]
     table = _table(names, shown)
     for row, short in zip(certificate.matrices, shorts, strict=False):
         table.add_row(short, *_record(row)[: len(shown)])
@@ -94,6 +95,7 @@ def _record(row: MatrixRecord) -> tuple[str, ...]:
     return (
         _shape(row.shape),
         str(row.rank),
+        row.form,
         f"{before:,} → {after:,}",
         f"{row.relative_error:.3g}",
         "–" if row.optimum is None else f"{row.optimum:.3g}",
@@ -141,5 +143,10 @@ def _short(names: Sequence[str]) -> list[Text]:
     return [Text(printable(name.removeprefix(prefix).removesuffix(".weight"))) for name in names]
 
 
-def _shape(shape: tuple[int, int]) -> str:
-    return f"{shape[0]}×{shape[1]}"
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _or_more(rank: int | None, row: Inspection) -> str:
+    """A rank, or that it is beyond the values computed."""
+    return f"> {len(row.values)}" if rank is None else str(rank)

@@ -4,14 +4,14 @@ Knows the formats and the certificate; must not know how the output was made.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from eckart.assemble.certification import count_totals
-from eckart.assemble.measurement import count_matrix
+from eckart.assemble.certification import Accounts, count_totals
+from eckart.assemble.measurement import Measured, bias_of, count, measure
 from eckart.certificate import (
     Certificate,
     FactoredEntry,
@@ -20,21 +20,25 @@ from eckart.certificate import (
 )
 from eckart.checkpoint.documents import canonical_json, read_json
 from eckart.checkpoint.header import TensorInfo, file_sha256
+from eckart.checkpoint.opening import open_checkpoint, open_source
 from eckart.checkpoint.paths import printable
-from eckart.checkpoint.source import Checkpoint, Source, open_checkpoint
+from eckart.checkpoint.source import Source
 from eckart.checkpoint.writer import CERTIFICATE
 from eckart.errors import CheckpointError, EckartError, PromiseError
 from eckart.formats import dense, factored
 from eckart.formats.factored import module_of
 from eckart.linalg.arrays import check_finite
-from eckart.linalg.matrices import named_generator
-from eckart.linalg.residual import Product, output_difference, relative_error
 
 ROUNDING = 1e-9
 """A recomputed figure may exceed the reported one by this share: sums on another machine …"""
 
 NOISE = 64 * torch.finfo(torch.float64).eps
 """… and by this share of what was compared, where the difference itself is rounding."""
+
+OPTIMAL = 1e-5
+"""By how much a reported error may be below the optimum, which was computed in float32."""
+
+DENSE = "dense: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +50,18 @@ class Check:
     detail: str
 
 
-def verify_output(out: Path, against: Path | None = None) -> list[Check]:
+def verify_output(
+    out: Path, against: Path | None = None, *, allow_pickle: bool = False
+) -> list[Check]:
     """Returns the checks of an output folder; those that failed have `held` False.
 
     Always: the certificate's own digest, the files (none missing, none added, sizes and SHA-256),
-    that its claims agree with each other, the tensors' names, shapes and finiteness. With
-    `against`, the source: its fingerprint, that each of its tensors is accounted for, the
-    relative error of every factored matrix, Wx + b against B(Ax) + b on seeded inputs, what is
-    counted, and that every other tensor is identical to the byte. Raises PromiseError where the
-    output cannot even be read, CheckpointError where `out` or `against` is not what it should be.
+    that its claims agree with each other and with the tensors' names, shapes and finiteness, what
+    is counted of the output, and that no error is reported below the optimum. With `against`, the
+    source: its fingerprint, that each of its tensors is accounted for, the relative error of
+    every changed matrix, Wx + b against B(Ax) + b on seeded inputs, what is counted of both, and
+    that every other tensor is identical to the byte. Raises PromiseError where the output cannot
+    even be read, CheckpointError where `out` or `against` is not what it should be.
     """
     certificate = _read_written(out)
     checks = [
@@ -66,20 +73,23 @@ def verify_output(out: Path, against: Path | None = None) -> list[Check]:
     if not checks[-1].held:
         return checks
     written = _open_written(out)
-    checks.append(_check_config(out, certificate))
-    checks.append(_check_tensors(written, certificate))
-    if against is None or not checks[-1].held:
+    checks += [_check_config(out, certificate), _check_tensors(written, certificate)]
+    if not checks[-1].held:
         return checks
-    source = open_checkpoint(against)
-    if source.fingerprint() != certificate.source.fingerprint:
+    checks += [_check_output_counts(written, certificate), _check_optima(certificate)]
+    if against is None:
+        return checks
+    source = open_source(against, allow_pickle=allow_pickle)
+    digests = {name: source.digest(name) for name in source.tensors}
+    if source.fingerprint(digests) != certificate.source.fingerprint:
         raise CheckpointError(
-            f"{against} is not the checkpoint that {out} was made from "
-            f"({certificate.source.name}): its weights differ."
+            f"{printable(against)} is not the checkpoint that {printable(out)} was made from "
+            f"({printable(certificate.source.name)}): its weights differ."
         )
     checks.append(_check_accounts(source, certificate))
     if not checks[-1].held:
         return checks
-    return [*checks, *_checks_against(written, source, certificate)]
+    return [*checks, *_checks_against(written, source, certificate, digests)]
 
 
 def check_files(out: Path, certificate: Certificate) -> Check:
@@ -112,8 +122,12 @@ def _read_written(out: Path) -> Certificate:
 
 def _check_claims(certificate: Certificate) -> Check:
     """What the certificate says in two places is the same: no tensor twice, one rank a matrix."""
-    names = [row.name for row in [*certificate.matrices, *certificate.copied]]
-    faults = [f"{name} stands there twice" for name, n in Counter(names).items() if n > 1]
+    rows = [*certificate.matrices, *certificate.copied, *certificate.tied]
+    faults = [
+        f"{name} stands there twice"
+        for name, n in Counter(row.name for row in rows).items()
+        if n > 1
+    ]
     if not isinstance(certificate.options.get("seed"), int):
         faults.append("it names no seed")
     if certificate.kind == "factored":
@@ -133,7 +147,7 @@ def _entry(record: MatrixRecord) -> FactoredEntry | None:
     )
 
 
-def _open_written(out: Path) -> Checkpoint:
+def _open_written(out: Path) -> Source:
     try:
         return open_checkpoint(out)
     except CheckpointError as error:
@@ -157,11 +171,13 @@ def _check_tensors(written: Source, certificate: Certificate) -> Check:
     """Every tensor that the certificate accounts for is there, finite, and no other."""
     expected = set(_stored_names(certificate).values())
     faults: list[str] = []
-    if certificate.kind == "dense":
-        expected |= {record.name for record in certificate.matrices}
-    for X, entry in certificate.factored.items():
-        expected |= set(factored.layout(X, entry, "F32"))
-        faults += _faults_of(written, X, entry)
+    for record in certificate.matrices:
+        if certificate.kind == "dense":
+            expected.add(record.name)
+        else:
+            entry = certificate.entry(record)
+            expected |= set(factored.layout(record.name, entry, "F32"))
+            faults += _faults_of(written, record.name, entry)
     faults += [f"{name} is missing" for name in sorted(expected - set(written.tensors))]
     faults += [f"{name} is not accounted for" for name in sorted(set(written.tensors) - expected)]
     return _check("tensors", faults, f"{len(written.tensors)} tensors, all accounted for")
@@ -176,105 +192,170 @@ def _stored_names(certificate: Certificate) -> dict[str, str]:
     return {name: dense.dense_name(name, modules) or name for name in names}
 
 
-def _faults_of(written: Source, X: str, entry: FactoredEntry) -> list[str]:
+def _faults_of(written: Source, name: str, entry: FactoredEntry) -> list[str]:
     try:
-        product = factored.decode(written, X, entry)
-        for part, tensor in factored.encode(X, product).items():
-            if tensor.is_floating_point() and len(tensor):
-                check_finite(tensor, part)
+        factored.check(written, name, entry)
+        for product in factored.products(written, name, entry):
+            for part, tensor in factored.encode(name, entry, product).items():
+                if tensor.is_floating_point():
+                    check_finite(tensor, part)
     except EckartError as error:
         return [str(error)]
     return []
 
 
-def _check_accounts(source: Checkpoint, certificate: Certificate) -> Check:
+def _check_output_counts(written: Source, certificate: Certificate) -> Check:
+    """What is said of the output's size, without the source: of each matrix, and in all."""
+    faults = [
+        f"{record.name} holds {found[0]} parameters in {found[1]} bytes"
+        for record in certificate.matrices
+        if (found := _stored(written, record, certificate))
+        != (record.parameters[1], record.bytes[1])
+    ]
+    totals, accounts = certificate.totals, _accounts(certificate)
+    recounted = count_totals(written, written, certificate.matrices, accounts)
+    if recounted.model_parameters[1] != totals.model_parameters[1]:
+        faults.append(f"the model has {recounted.model_parameters[1]} parameters")
+    if recounted.tensor_bytes[1] != totals.tensor_bytes[1]:
+        faults.append(f"the tensors have {recounted.tensor_bytes[1]} bytes")
+    if recounted.targeted_parameters != totals.targeted_parameters:
+        faults.append("the targeted parameters are others")
+    return _check("output", faults, f"{totals.tensor_bytes[1]:,} bytes of tensors, as counted")
+
+
+def _stored(written: Source, record: MatrixRecord, certificate: Certificate) -> tuple[int, int]:
+    """Parameters and bytes of a changed tensor, from the output's headers."""
+    if certificate.kind == "dense":
+        info = written.tensors[record.name]
+        return info.parameters, info.nbytes
+    parts = factored.layout(record.name, certificate.entry(record), "F32")
+    infos = {name: written.tensors[name] for name in parts}
+    perm = f".{factored.PERM}"
+    return (
+        sum(info.parameters for name, info in infos.items() if not name.endswith(perm)),
+        sum(info.nbytes for info in infos.values()),
+    )
+
+
+def _check_optima(certificate: Certificate) -> Check:
+    """No product of rank r is nearer than the optimum (Eckart & Young, 1936)."""
+    faults = [
+        f"{record.name} claims an error of {record.relative_error:.6g}, below the optimum "
+        f"{record.optimum:.6g}"
+        for record in certificate.matrices
+        if record.optimum is not None and record.relative_error < record.optimum - OPTIMAL
+    ]
+    return _check("optima", faults, "no error is claimed below what its rank allows")
+
+
+def _check_accounts(source: Source, certificate: Certificate) -> Check:
     """Every tensor of the source is mentioned, and no other."""
-    mentioned = {row.name for row in certificate.copied}
-    for X, entry in _entries(source, certificate).items():
-        parts = factored.layout(X, entry, "F32") if certificate.kind == "dense" else ()
-        mentioned |= {f"{X}.weight", *parts}
+    mentioned = {row.name for row in [*certificate.copied, *certificate.tied]}
+    for name, entry in _entries(source, certificate).items():
+        parts = factored.layout(name, entry, "F32") if certificate.kind == "dense" else ()
+        mentioned |= {name, *parts}
     faults = [f"{name} is not accounted for" for name in sorted(source.tensors.keys() - mentioned)]
     faults += [f"{name} is not in the source" for name in sorted(mentioned - source.tensors.keys())]
     return _check("accounts", faults, f"{len(source.tensors)} tensors of the source, each once")
 
 
-def _entries(source: Checkpoint, certificate: Certificate) -> dict[str, FactoredEntry]:
-    """What is factored: in the output, or, where that is dense, in its source."""
+def _entries(source: Source, certificate: Certificate) -> dict[str, FactoredEntry]:
+    """What is factored, by tensor: in the output, or, where that is dense, in its source."""
     if certificate.kind == "factored":
-        return certificate.factored
-    entries = read_certificate(source.folder).factored
-    if entries.keys() != {module_of(record.name) for record in certificate.matrices}:
-        raise CheckpointError(f"{source.folder} does not say what was factored in it.")
-    return entries
+        return {record.name: certificate.entry(record) for record in certificate.matrices}
+    known = read_certificate(source.path)
+    if {r.name for r in known.matrices} != {record.name for record in certificate.matrices}:
+        raise CheckpointError(f"{printable(source.path)} does not say what was factored in it.")
+    return {record.name: known.entry(record) for record in known.matrices}
 
 
 def _checks_against(
-    written: Checkpoint, source: Checkpoint, certificate: Certificate
+    written: Source, source: Source, certificate: Certificate, digests: Mapping[str, str]
 ) -> Iterator[Check]:
-    seed, entries = certificate.seed, _entries(source, certificate)
-    factored_kind = certificate.kind == "factored"
-    factors, matrices = (written, source) if factored_kind else (source, written)
+    entries = _entries(source, certificate)
+    factors, matrices = (written, source) if certificate.kind == "factored" else (source, written)
     for record in certificate.matrices:
-        X = module_of(record.name)
-        product = factored.decode(factors, X, entries[X])
-        b = matrices.load(f"{X}.bias") if f"{X}.bias" in matrices.tensors else None
-        yield _check_matrix(matrices.load(record.name), product, b, record, seed)
-    yield _check_copies(written, source, _stored_names(certificate))
+        entry = entries[record.name]
+        yield _check_matrix(
+            record, _measured(matrices, factors, record.name, entry, certificate.seed)
+        )
+    yield _check_copies(written, source, _stored_names(certificate), digests)
     faults = [
         f"{record.name} {fault}"
         for record in certificate.matrices
-        for fault in _miscounted(record, matrices, factors, entries[module_of(record.name)])
+        for fault in _miscounted(record, matrices, factors, entries[record.name])
     ]
-    left = {row.name for row in certificate.copied if row.reason.startswith("dense: ")}
-    targeted = left | {record.name for record in certificate.matrices}
-    if count_totals(source, written, certificate.matrices, targeted) != certificate.totals:
+    accounts = _accounts(certificate)
+    if count_totals(source, written, certificate.matrices, accounts) != certificate.totals:
         faults.append("the totals are others")
     yield _check("counts", faults, "parameters and bytes, of each matrix and in all")
 
 
+def _accounts(certificate: Certificate) -> Accounts:
+    """What the certificate says became of the source's tensors."""
+    copied = {row.name: row.reason for row in certificate.copied}
+    left = {name for name, reason in copied.items() if reason.startswith(DENSE)}
+    targeted = left | {record.name for record in certificate.matrices}
+    tied = {row.name: row.to for row in certificate.tied}
+    return Accounts(certificate.factored, copied, targeted, tied)
+
+
+def _measured(
+    matrices: Source, factors: Source, name: str, entry: FactoredEntry, seed: int
+) -> Measured:
+    matrix = factored.matrix_of(entry)
+    pairs = (
+        (matrix.load(matrices, name, index), factored.decode(factors, name, entry, index))
+        for index in range(matrix.count)
+    )
+    bias = bias_of(matrices, f"{module_of(name)}.bias", matrix)
+    return measure(pairs, bias, seed=seed, name=name)
+
+
 def _miscounted(
-    record: MatrixRecord, matrices: Checkpoint, factors: Checkpoint, entry: FactoredEntry
-) -> Iterator[str]:
-    parameters, sizes = count_matrix(matrices, factors, module_of(record.name), entry)
+    record: MatrixRecord, matrices: Source, factors: Source, entry: FactoredEntry
+) -> Iterable[str]:
+    info = matrices.tensors[record.name]
+    dtype = factors.tensors[f"{module_of(record.name)}.A.weight"].dtype
+    parameters, sizes = count(info, entry, dtype)
     if record.form == "dense":
         parameters, sizes = parameters[::-1], sizes[::-1]
     if (parameters, sizes) != (record.parameters, record.bytes):
         yield f"holds {parameters[1]} parameters in {sizes[1]} bytes"
-    info = matrices.tensors[record.name]
     if (info.dtype, info.shape, entry.rank) != (record.dtype, record.shape, record.rank):
         yield f"is {info.dtype} {list(info.shape)} of rank {entry.rank}"
 
 
-def _check_matrix(
-    W: torch.Tensor, product: Product, bias: torch.Tensor | None, record: MatrixRecord, seed: int
-) -> Check:
+def _check_matrix(record: MatrixRecord, found: Measured) -> Check:
     """‖W − BA‖_F/‖W‖_F, and Wx + b against B(Ax) + b, hold what the certificate says."""
-    error = relative_error(W, product, record.name)
-    generator = named_generator(seed, f"outputs of {record.name}")
-    outputs = output_difference(W, product, bias, generator=generator)
-    faults: list[str] = []
+    outputs, promised = found.outputs, record.output_error
     size = outputs.max / outputs.relative if outputs.relative else 0.0  # of an output, about
-    for what, found, promised, compared in (
-        ("relative error", error, record.relative_error, 1.0),
-        ("output difference", outputs.max, record.output_error.max, size),
-        ("relative output difference", outputs.relative, record.output_error.relative, 1.0),
-    ):
-        if not found <= promised * (1 + ROUNDING) + NOISE * compared:
-            faults.append(f"{what} {found:.6g}, certified {promised:.6g}")
+    faults = [
+        f"{what} {measured:.6g}, certified {claimed:.6g}"
+        for what, measured, claimed, compared in (
+            ("relative error", found.relative_error, record.relative_error, 1.0),
+            ("output difference", outputs.max, promised.max, size),
+            ("relative output difference", outputs.relative, promised.relative, 1.0),
+        )
+        if not measured <= claimed * (1 + ROUNDING) + NOISE * compared
+    ]
     return _check(
         record.name,
         faults,
-        f"error {error:.3g}, outputs differ by {outputs.max:.3g} at most",
+        f"error {found.relative_error:.3g}, outputs differ by {outputs.max:.3g} at most",
     )
 
 
-def _check_copies(written: Checkpoint, source: Checkpoint, names: dict[str, str]) -> Check:
+def _check_copies(
+    written: Source, source: Source, names: Mapping[str, str], digests: Mapping[str, str]
+) -> Check:
     faults: list[str] = []
     for original, stored in names.items():
         if original not in source.tensors:
             faults.append(f"{original} is not in the source")
-        elif not _same(written.tensors[stored], source.tensors[original]) or not torch.equal(
-            written.raw(stored), source.raw(original)
+        elif (
+            not _same(written.tensors[stored], source.tensors[original])
+            or written.digest(stored) != digests[original]
         ):
             faults.append(f"{stored} differs from {original} in the source")
     return _check("copies", faults, f"{len(names)} tensors identical to the source, byte for byte")

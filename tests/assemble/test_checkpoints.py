@@ -31,7 +31,13 @@ from eckart.errors import PromiseError
 from eckart.linalg.matrices import named_generator, random_low_rank
 
 FORMS = ("ba", "pivoted")
-VALUES = {"rank": (1, 7), "energy": (0.9, 0.99), "error": (0.3, 0.05), "keep": (0.8, 0.35)}
+VALUES = {
+    "rank": (1, 7),
+    "energy": (0.9, 0.99),
+    "error": (0.3, 0.05),
+    "keep": (0.8, 0.35),
+    "size": (120_000, 60_000),
+}
 REQUESTS = [
     (form, policy, value) for form in FORMS for policy in POLICIES for value in VALUES[policy]
 ]
@@ -118,7 +124,7 @@ def test_a_matrix_is_left_dense_only_with_a_reason_that_is_true(run):
             continue
         m, n = run.source[row["name"]].shape
 
-        if run.policy == "keep":
+        if run.policy in ("keep", "size"):
             assert "better use of the budget" in row["reason"]
         else:
             assert f"break-even is {paying_rank((m, n), run.form)} of {min(m, n)}" in row["reason"]
@@ -289,7 +295,7 @@ def test_seed_and_threads_stand_in_the_certificate(tmp_path):
     second = compress(src, tmp_path / "b", rank=3, seed=5)
 
     assert (first.options["seed"], second.options["seed"]) == (0, 5)
-    assert first.options["threads"] == torch.get_num_threads()
+    assert first.options["threads"] is None  # by each matrix's shape
     assert first.matrices[0].output_error != second.matrices[0].output_error
     assert first.matrices[0].relative_error == pytest.approx(second.matrices[0].relative_error)
 
@@ -332,7 +338,7 @@ def test_a_matrix_that_no_rank_pays_for_is_copied_with_that_reason(shape, policy
     """1×n has break-even rank 0 in the `ba` form."""
     src = write_checkpoint(tmp_path / "src", only(torch.ones(shape)))
 
-    certificate = compress(src, tmp_path / "out", **policy)
+    certificate = compress(src, tmp_path / "out", form="ba", **policy)
 
     reasons = {row.name: row.reason for row in certificate.copied}
     assert "pay" in reasons["fc.weight"]

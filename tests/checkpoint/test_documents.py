@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from eckart.checkpoint import documents
 from eckart.checkpoint.documents import canonical_json, parse_json, read_json
 from eckart.errors import CheckpointError
 
@@ -44,6 +45,15 @@ def test_a_duplicate_key_is_escaped_in_the_message():
         parse_json(b'{"\\u001b[2J": 1, "\\u001b[2J": 2}', "x")
 
     assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b'{"%s": 1, "%s": 2}', b'{"a": 1e999%s}', b'{"a": %s}'])
+def test_a_message_does_not_grow_with_the_file(text):
+    """A key or a number of a megabyte is shown by both ends."""
+    with pytest.raises(CheckpointError) as caught:
+        parse_json(text.replace(b"%s", b"9" * 10**6), "x")
+
+    assert len(str(caught.value)) < 3000
 
 
 @pytest.mark.parametrize(
@@ -87,3 +97,16 @@ def test_a_file_is_read_whole(tmp_path):
     assert read_json(path) == {"a": "é"}
     with pytest.raises(CheckpointError, match=r"nothing\.json: No such file"):
         read_json(tmp_path / "nothing.json")
+
+
+def test_a_path_is_printed_safely_and_a_file_above_the_cap_is_not_read(tmp_path, monkeypatch):
+    """The cap is on bytes; the folder's name is escaped like any other."""
+    path = tmp_path / "a\x1b[2J.json"
+    path.write_bytes(b"[1]")
+    monkeypatch.setattr(documents, "JSON_BYTES", 3)
+    with pytest.raises(CheckpointError, match=r"a\\x1b\[2J.json holds a JSON list"):
+        read_json(path)
+    path.write_bytes(b"[1] ")
+
+    with pytest.raises(CheckpointError, match=r"a\\x1b\[2J.json has 4 bytes; at most 3"):
+        read_json(path)

@@ -1,6 +1,7 @@
 """Sharded checkpoints: read without mercy, and the output does not know how the source was cut."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ from builders import WEIGHTS, eckart, small_tensors, snapshot, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from eckart import api
-from eckart.checkpoint.index import INDEX
-from eckart.checkpoint.source import open_checkpoint
+from eckart.checkpoint.header import TensorInfo
+from eckart.checkpoint.index import PICKLE, SAFETENSORS, Index, Layout, read_index
+from eckart.checkpoint.opening import open_checkpoint
 from eckart.errors import CheckpointError
 
+INDEX = SAFETENSORS.index
 SHARDS = (
     "model-00001-of-00003.safetensors",
     "model-00002-of-00003.safetensors",
@@ -53,6 +56,23 @@ def test_shards_are_one_checkpoint(sharded):
     assert list(source.tensors) == sorted(expected)
     assert all(torch.equal(source.load(name), expected[name]) for name in expected)
     assert source.files == sorted(SHARDS)
+
+
+def test_the_fingerprint_does_not_know_how_the_source_was_cut(sharded, tmp_path):
+    """One file or three shards, the same model."""
+    whole = open_checkpoint(write_checkpoint(tmp_path / "whole", small_tensors()))
+
+    assert open_checkpoint(sharded).fingerprint() == whole.fingerprint()
+
+
+def test_a_shard_that_changes_is_noticed(sharded):
+    """Whichever it is, by its name."""
+    for shard in SHARDS:
+        source = open_checkpoint(sharded)
+        os.utime(sharded / shard, ns=(0, 1))
+
+        with pytest.raises(CheckpointError, match=f"{shard} was written again"):
+            source.check_unchanged()
 
 
 @pytest.mark.parametrize("form", ["ba", "pivoted"])
@@ -144,6 +164,27 @@ def broken_number(folder: Path) -> None:
     write_index(folder, places_of(folder) | {"x": 3})
 
 
+def broken_fifo(folder: Path) -> None:
+    (folder / SHARDS[0]).unlink()
+    os.mkfifo(folder / SHARDS[0])
+
+
+def broken_index_fifo(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    os.mkfifo(folder / INDEX)
+
+
+def broken_link(folder: Path) -> None:
+    (folder / SHARDS[2]).unlink()
+    (folder / SHARDS[2]).symlink_to("../blobs/nothing")
+
+
+def broken_copies(folder: Path) -> None:
+    places = places_of(folder)
+    (folder / "z.safetensors").symlink_to(SHARDS[0])
+    write_index(folder, places | {"x": "z.safetensors"})
+
+
 def broken_truncated(folder: Path) -> None:
     content = (folder / SHARDS[1]).read_bytes()
     (folder / SHARDS[1]).write_bytes(content[:-10])
@@ -163,6 +204,10 @@ BROKEN = {
     broken_list: ("weight_map",),
     broken_number: ("3", "beside it"),
     broken_truncated: (SHARDS[1], "damaged"),
+    broken_fifo: (SHARDS[0], "not a regular file"),
+    broken_index_fifo: (INDEX, "not a regular file"),
+    broken_link: (SHARDS[2], "1 of 3", "Download"),
+    broken_copies: (SHARDS[0], "z.safetensors", "two shards"),
 }
 
 
@@ -195,15 +240,91 @@ def test_links_as_in_the_hubs_cache_are_followed(sharded, tmp_path):
     assert all(check.held for check in api.verify(tmp_path / "out", links))
 
 
-@pytest.mark.parametrize(
-    "shard", ["", ".", "..", ".hidden.safetensors", "a\nb.safetensors", "a.bin"]
-)
-def test_only_plain_names_of_safetensors_files_are_shards(shard, sharded):
-    """One path component, printable, visible, with the suffix."""
-    write_index(sharded, places_of(sharded) | {"x": shard})
+NO_SHARDS = {
+    "empty": "",
+    "this folder": ".",
+    "the folder above": "..",
+    "hidden": ".hidden.safetensors",
+    "a line break": "a\nb.safetensors",
+    "a NUL": "a\0b.safetensors",
+    "an escape": "a\x1b[2Jb.safetensors",
+    "text that turns": "a\u202eb.safetensors",
+    "half a character": "a\ud800.safetensors",
+    "another suffix": "a.bin",
+    "a path": "a/b.safetensors",
+    "a path elsewhere": "a\\b.safetensors",
+    "too long": "é" * 122 + ".safetensors",  # 256 bytes
+    "a number": 3,
+    "a list": ["a.safetensors"],
+    "nothing": None,
+}
 
-    with pytest.raises(CheckpointError, match="beside it"):
+
+@pytest.mark.parametrize("case", NO_SHARDS)
+def test_only_plain_names_of_safetensors_files_are_shards(case, sharded):
+    """One path component, printable, visible, with the suffix; and the message is printable too."""
+    write_index(sharded, places_of(sharded) | {"x": NO_SHARDS[case]})
+
+    with pytest.raises(CheckpointError, match="beside it") as caught:
         open_checkpoint(sharded)
+
+    assert str(caught.value).isprintable()
+
+
+def test_a_shard_may_have_the_longest_name_that_a_file_can_have(sharded):
+    """255 bytes, of any script."""
+    name = "é" * 121 + "x.safetensors"
+    (sharded / SHARDS[0]).rename(sharded / name)
+    write_index(
+        sharded,
+        {
+            tensor: name if shard == SHARDS[0] else shard
+            for tensor, shard in places_of(sharded).items()
+        },
+    )
+
+    assert name in open_checkpoint(sharded).files
+
+
+def test_the_first_of_many_missing_shards_are_named(tmp_path):
+    """Five, and how many more."""
+    write_index(tmp_path, {f"t{i}": f"model-{i}.safetensors" for i in range(8)})
+
+    with pytest.raises(
+        CheckpointError, match=r"^8 of 8 shards are missing.*model-4\.\w+ and 3 more"
+    ):
+        read_index(tmp_path, SAFETENSORS)
+
+
+def test_what_a_folder_holds_is_asked_of_the_layout(tmp_path):
+    """Nothing, one file, or an index; both are an error, for either kind."""
+    for layout in (SAFETENSORS, PICKLE, Layout("other", ".x")):
+        assert not layout.found_in(tmp_path)
+        (tmp_path / layout.weights).touch()
+        assert layout.found_in(tmp_path)
+        (tmp_path / layout.index).touch()
+        with pytest.raises(CheckpointError, match=f"both {layout.weights} and {layout.index}"):
+            layout.found_in(tmp_path)
+        (tmp_path / layout.weights).unlink()
+        assert layout.found_in(tmp_path)
+
+
+def test_an_index_is_held_against_headers_of_any_kind():
+    """It needs what shards hold, not how: each tensor once, where the index says."""
+    a, b = TensorInfo((1,), "U8", "s1", 0, 1), TensorInfo((2,), "U8", "s2", 0, 2)
+    index = Index(Path("x"), "i", {"a": "s1", "b": "s2"})
+
+    assert index.shards == ["s1", "s2"]
+    assert index.merge({"s1": {"a": a}, "s2": {"b": b}}) == {"a": a, "b": b}
+    for headers, words in (
+        ({"s1": {"a": a}, "s2": {}}, "1 tensor named in x/i stands in no shard, the first b"),
+        ({"s1": {}, "s2": {}}, "2 tensors named in x/i stand in no shard, the first a"),
+        ({"s1": {"a": a}, "s2": {"b": b, "a": b}}, "a stands in two shards of x: s1 and s2"),
+        ({"s1": {"a": a, "b": b}, "s2": {}}, "b stands in shard 1 of 2, s1, but x/i names s2"),
+        ({"s1": {"a": a, "c": a}, "s2": {"b": b}}, "c stands .* does not name it"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            index.merge(headers)
 
 
 @pytest.mark.parametrize("size", ["", "0", "-1", "5XB", "many"])

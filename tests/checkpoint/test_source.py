@@ -1,16 +1,19 @@
-"""Checkpoints read lazily: headers alone, then single tensors, to the bit."""
+"""Checkpoints read lazily: headers alone, then single tensors, by rows or as bytes, to the bit."""
 
-import json
+import hashlib
+import os
+import pickle
 
-import numpy as np
 import pytest
 import torch
 from builders import WEIGHTS, small_tensors, write_checkpoint, write_raw
+from safetensors.torch import save_file
 
 from eckart.checkpoint import header
 from eckart.checkpoint import source as module
 from eckart.checkpoint.header import DTYPES, read_header
-from eckart.checkpoint.source import open_checkpoint
+from eckart.checkpoint.opening import open_checkpoint
+from eckart.checkpoint.source import Checkpoint
 from eckart.errors import CheckpointError, DtypeError
 
 KINDS = {
@@ -58,6 +61,42 @@ def test_names_are_sorted_and_shapes_and_counts_are_those_of_the_header(tmp_path
         assert checkpoint.tensors[name].parameters == tensor.numel()
         assert torch.equal(checkpoint.load(name), tensor)
     assert checkpoint.files == [WEIGHTS]
+    assert checkpoint.tied == {}
+
+
+def test_rows_are_those_of_the_tensor(tmp_path):
+    """Every range, none and all of them; without an end, all that follow."""
+    tensors = {"a": torch.arange(60).reshape(5, 4, 3), "v": torch.arange(5), "e": torch.ones(0, 3)}
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "src", tensors))
+
+    for name, tensor in tensors.items():
+        for start in range(len(tensor) + 1):
+            assert torch.equal(checkpoint.load(name, start), tensor[start:])
+            for stop in range(start, len(tensor) + 1):
+                assert torch.equal(checkpoint.load(name, start, stop), tensor[start:stop])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 6), (-1, 2), (3, 2), (6, None)])
+def test_rows_that_are_none_are_our_own_mistake(start, stop, tmp_path):
+    """They would be another tensor's bytes."""
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "src", {"a": torch.ones(5, 2)}))
+
+    with pytest.raises(AssertionError, match=r"a: rows .* of 5"):
+        checkpoint.load("a", start, stop)
+
+
+def test_chunks_are_pieces_of_the_bytes_and_the_digest_is_theirs(tmp_path, monkeypatch):
+    """Cut at the size, one short of it, and one more."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", 16)
+    tensors = {f"{n}": torch.arange(n, dtype=torch.uint8) for n in (0, 1, 15, 16, 17, 32, 40)}
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "src", tensors))
+
+    for name, tensor in tensors.items():
+        pieces = [*checkpoint.chunks(name)]
+
+        assert [len(piece) for piece in pieces[:-1]] == [16] * (len(pieces) - 1)
+        assert torch.equal(torch.cat([tensor[:0], *pieces]), tensor)
+        assert checkpoint.digest(name) == hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
 
 def test_a_loaded_tensor_is_in_memory_of_its_own(tmp_path):
@@ -77,8 +116,19 @@ def test_a_file_cut_after_opening_is_an_error_that_names_it(tmp_path):
     content = (src / WEIGHTS).read_bytes()
     (src / WEIGHTS).write_bytes(content[: len(content) // 2])
 
-    with pytest.raises(CheckpointError, match=rf"{WEIGHTS} ends at byte \d+, inside a tensor"):
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS} ends at byte \d+, where more"):
         [checkpoint.load(name) for name in checkpoint.tensors]
+
+
+def test_a_file_that_became_a_fifo_does_not_hang(tmp_path):
+    """It is looked at whenever it is opened."""
+    src = write_checkpoint(tmp_path / "src")
+    checkpoint = open_checkpoint(src)
+    (src / WEIGHTS).unlink()
+    os.mkfifo(src / WEIGHTS)
+
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        checkpoint.load("norm.weight")
 
 
 def test_the_fingerprint_is_that_of_the_weights_alone(tmp_path):
@@ -95,13 +145,61 @@ def test_the_fingerprint_is_that_of_the_weights_alone(tmp_path):
     assert first == second != third
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"b": torch.zeros(2, 3)},
+        {"a": torch.zeros(3, 2)},
+        {"a": torch.zeros(2, 3, dtype=torch.int32)},
+        {"a": torch.zeros(2, 3), "b": torch.zeros(0)},
+    ],
+    ids=["name", "shape", "dtype", "one more"],
+)
+def test_the_fingerprint_covers_names_shapes_and_dtypes(other, tmp_path):
+    """Though the bytes are the same."""
+    one = open_checkpoint(write_checkpoint(tmp_path / "one", {"a": torch.zeros(2, 3)}))
+    two = open_checkpoint(write_checkpoint(tmp_path / "two", other))
+
+    assert one.fingerprint() != two.fingerprint()
+
+
+def test_the_fingerprint_does_not_know_how_tensors_are_ordered_in_the_file(tmp_path):
+    """Another writer's order, the same model."""
+    one = open_checkpoint(
+        write_checkpoint(tmp_path / "a", {"x": torch.ones(2), "y": torch.ones(3)})
+    )
+    entries = {"y": (0, 12, [3]), "x": (12, 20, [2])}
+    header = {
+        n: {"dtype": "F32", "shape": s, "data_offsets": [a, b]} for n, (a, b, s) in entries.items()
+    }
+    write_raw(tmp_path / "b" / WEIGHTS, header, torch.ones(5).numpy().tobytes())
+
+    assert open_checkpoint(tmp_path / "b").fingerprint() == one.fingerprint()
+
+
+def test_digests_that_are_known_are_not_read_again(tmp_path, monkeypatch):
+    """The fingerprint is the same; only the others are read."""
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "src"))
+    expected = checkpoint.fingerprint()
+    known = {name: checkpoint.digest(name) for name in checkpoint.tensors if name != "steps"}
+    read: list[str] = []
+    real = Checkpoint.digest
+    monkeypatch.setattr(
+        Checkpoint, "digest", lambda self, name: read.append(name) or real(self, name)
+    )
+
+    assert checkpoint.fingerprint(known) == expected
+    assert read == ["steps"]
+
+
 def test_a_dtype_that_torch_lacks_is_listed_and_read_as_bytes_only(tmp_path):
-    """`raw` gives the bytes, `load` says why it cannot."""
+    """`chunks` and `digest` give the bytes, `load` says why it cannot."""
     header = {"scale": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [0, 4]}}
     write_raw(tmp_path / "src" / WEIGHTS, header, b"\1\2\3\4")
     checkpoint = open_checkpoint(tmp_path / "src")
 
-    assert checkpoint.raw("scale").tolist() == [1, 2, 3, 4]
+    assert torch.cat([*checkpoint.chunks("scale")]).tolist() == [1, 2, 3, 4]
+    assert checkpoint.digest("scale") == hashlib.sha256(b"\1\2\3\4").hexdigest()
     with pytest.raises(DtypeError, match="scale has dtype F8_E8M0"):
         checkpoint.load("scale")
 
@@ -123,47 +221,68 @@ def test_opening_reads_headers_only(tmp_path, monkeypatch):
     assert max(ends) == size
 
 
-def test_a_header_with_leading_spaces_and_unaligned_data_is_accepted(tmp_path):
-    """The format allows both; the values are right all the same."""
-    header = (
-        b"  "
-        + json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
-        + b" "
-    )
-    write_raw(tmp_path / "src" / WEIGHTS, header, np.array([1.5, -2.0], "<f4").tobytes())
-
-    assert open_checkpoint(tmp_path / "src").load("a").tolist() == [1.5, -2.0]
+def touched(path):
+    found = path.stat()
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + 1))
 
 
-@pytest.mark.parametrize("side", [2**48, 2**62])
-def test_an_absurd_side_is_refused_at_the_limit(side, tmp_path):
-    """2⁴⁸ is refused, one less is accepted (of no entries)."""
-
-    def header(size: int) -> dict[str, object]:
-        return {"a": {"dtype": "F32", "shape": [0, size], "data_offsets": [0, 0]}}
-
-    with pytest.raises(CheckpointError, match=r"a in .* has an absurd shape"):
-        read_header(write_raw(tmp_path / "bad", header(side)))
-    assert read_header(write_raw(tmp_path / "good", header(2**48 - 1)))["a"].parameters == 0
+CHANGES = {
+    "grown": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), r"had \d+ bytes and has"),
+    "cut": (lambda path: os.truncate(path, 100), r"had \d+ bytes and has 100"),
+    "written again": (touched, "was written again while it was being read: wait"),
+    "gone": (os.unlink, "No such file or directory. It was there a moment ago"),
+}
 
 
-def test_mutated_headers_give_our_error_or_a_checkpoint(tmp_path):
-    """400 random changes of a file: CheckpointError, or every tensor can be read."""
-    content = (
-        write_checkpoint(tmp_path / "src", {"a.weight": torch.ones(3, 2)}) / WEIGHTS
-    ).read_bytes()
-    random = np.random.default_rng(0)
-    opened = 0
-    for _ in range(400):
-        changed = bytearray(content)
-        for place in random.integers(0, len(content) - 24, random.integers(1, 4)):
-            changed[place] = random.integers(0, 256)
-        (tmp_path / "src" / WEIGHTS).write_bytes(changed)
-        try:
-            checkpoint = open_checkpoint(tmp_path / "src")
-        except CheckpointError:
-            continue
-        opened += 1
-        for name in checkpoint.tensors:
-            assert checkpoint.load(name).numel() == checkpoint.tensors[name].parameters
-    assert opened < 400
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_while_it_is_read_is_noticed(change, tmp_path):
+    """By its size, or a modification a nanosecond later; other files may change."""
+    src = write_checkpoint(tmp_path / "src")
+    checkpoint = open_checkpoint(src)
+    (src / "config.json").unlink()
+    checkpoint.check_unchanged()
+    do, words = CHANGES[change]
+    do(src / WEIGHTS)
+
+    with pytest.raises(CheckpointError, match=rf"src/{WEIGHTS}.*{words}"):
+        checkpoint.check_unchanged()
+
+
+def test_a_source_that_was_sent_to_another_process_keeps_its_stamps(tmp_path):
+    """It reads the same, and still notices what changed since it was opened here."""
+    src = write_checkpoint(tmp_path / "src")
+    checkpoint = open_checkpoint(src)
+    received = pickle.loads(pickle.dumps(checkpoint))
+
+    assert received == checkpoint
+    assert torch.equal(received.load("norm.weight"), checkpoint.load("norm.weight"))
+    touched(src / WEIGHTS)
+    again = pickle.loads(pickle.dumps(checkpoint))
+    with pytest.raises(CheckpointError, match="was written again"):
+        again.check_unchanged()
+
+
+def test_a_source_has_a_name_a_folder_and_files(tmp_path, monkeypatch):
+    """Of a folder, the name it really has; of a file, the one it was given (blobs are hashes)."""
+    src = write_checkpoint(tmp_path / "llama")
+    (tmp_path / "link").symlink_to(src)
+    (tmp_path / "one.safetensors").symlink_to(src / WEIGHTS)
+    single = Checkpoint(tmp_path / "one.safetensors", read_header(tmp_path / "one.safetensors"))
+    monkeypatch.chdir(src)
+
+    assert open_checkpoint(tmp_path / "link").name == "llama"
+    assert open_checkpoint(".").name == "llama"
+    assert open_checkpoint(src).folder == src
+    assert open_checkpoint(src).file(WEIGHTS) == src / WEIGHTS
+    assert single.name == "one.safetensors"
+    assert single.folder is None
+    assert single.file(single.files[0]) == tmp_path / "one.safetensors"
+
+
+def test_a_folder_without_tensors_has_no_files(tmp_path):
+    """And a fingerprint all the same: that of nothing."""
+    save_file({}, tmp_path / WEIGHTS)
+    empty = open_checkpoint(tmp_path)
+
+    assert empty.files == []
+    assert empty.fingerprint() == hashlib.sha256(b"[]").hexdigest()

@@ -3,13 +3,17 @@
 A policy sees all matrices at once, so a global budget and a per-matrix rule are one kind of thing.
 """
 
-from eckart.allocate.cost import Choice as Choice
-from eckart.allocate.cost import Form as Form
-from eckart.allocate.cost import cost as cost
-from eckart.allocate.cost import paying_rank as paying_rank
+from eckart.allocate.item import Choice as Choice
+from eckart.allocate.item import Form as Form
+from eckart.allocate.item import Item as Item
+from eckart.allocate.item import Terms as Terms
+from eckart.allocate.item import cost as cost
+from eckart.allocate.item import paying_rank as paying_rank
 from eckart.allocate.policies import POLICIES as POLICIES
+from eckart.allocate.policies import Budget as Budget
 from eckart.allocate.policies import Energy as Energy
 from eckart.allocate.policies import FixedRank as FixedRank
 from eckart.allocate.policies import Keep as Keep
 from eckart.allocate.policies import RankPolicy as RankPolicy
 from eckart.allocate.policies import RelativeError as RelativeError
+from eckart.allocate.policies import Size as Size

@@ -1,49 +1,66 @@
 """A global budget: one multiplier over the menus of all matrices, then a greedy fill."""
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from eckart.allocate.cost import Choice, Form, cost, paying_rank
+from eckart.allocate.item import Choice, Item, Terms
 from eckart.linalg.spectrum import Spectrum
 
 NOTHING = 1e-12
 """A share of the energy that is only float32's rounding: a relative error of 10⁻⁶."""
 
+Price = Callable[[Item, int | None], int]
+"""What a rank of an item costs, in the unit of the budget; None is dense."""
+
 
 @dataclass(frozen=True, slots=True)
 class Menu:
-    """The choices of one matrix: ranks 1, 2, … and, last, dense."""
+    """The choices of one matrix: some ranks, rising, and, last, dense."""
 
+    ranks: npt.NDArray[np.int64]
     costs: npt.NDArray[np.float64]
     worths: npt.NDArray[np.float64]
 
     @classmethod
-    def of(cls, spectrum: Spectrum, form: Form) -> "Menu":
+    def of(cls, item: Item, spectrum: Spectrum, terms: Terms, price: Price) -> "Menu":
         """Returns what each rank that pays costs, and is worth: mn·Σ_{i≤r} σᵢ²/‖W‖_F².
 
         A tail below `NOTHING` is worth nothing, so that an exactly low-rank matrix is factored
         whatever the budget.
         """
-        m, n = spectrum.shape
-        ranks = range(1, min(paying_rank(spectrum.shape, form), len(spectrum.values)) + 1)
-        costs = [cost(spectrum.shape, rank, form) for rank in ranks]
-        lost = np.array([spectrum.tail_energy(rank) for rank in ranks]) / (spectrum.energy or 1.0)
-        worths = m * n * (1 - np.where(lost > NOTHING, lost, 0.0))
-        return cls(np.array([*costs, m * n], float), np.array([*worths, m * n], float))
+        largest, dense = min(terms.largest(item), len(spectrum.values)), price(item, None)
+        paying = [r for r in range(terms.align, largest + 1, terms.align) if price(item, r) < dense]
+        ranks = np.array(paying, int)  # a wide dtype or a permutation may cost more than it saves
+        lost = spectrum.tails.numpy()[ranks] / (spectrum.energy or 1.0)
+        size = item.dense_parameters
+        worths = size * (1 - np.where(lost > NOTHING, lost, 0.0))
+        costs = [price(item, int(rank)) for rank in ranks]
+        return cls(ranks, np.array([*costs, dense], float), np.append(worths, size))
 
     def best(self, multiplier: float) -> int:
         """Returns the pick that is worth most after paying; the cheapest of equals."""
         return int(np.argmax(self.worths - multiplier * self.costs))
 
-    def choice(self, pick: int) -> Choice:
+    def choice(self, pick: int, terms: Terms) -> Choice:
         """Returns what a pick means."""
-        if pick == len(self.costs) - 1:
+        if pick == len(self.ranks):
             return Choice(None, "dense: the better use of the budget")
-        return Choice(pick + 1)
+        return terms.choice(int(self.ranks[pick]))
+
+    @property
+    def least(self) -> float:
+        """The cost of the cheapest pick."""
+        return float(self.costs.min())
+
+
+def spend(menus: Mapping[str, Menu], budget: int, terms: Terms) -> dict[str, Choice]:
+    """Returns the choices that keep the most worth within the budget."""
+    picks = fill(menus, bisect(menus, budget), budget)
+    return {name: menus[name].choice(pick, terms) for name, pick in picks.items()}
 
 
 def bisect(menus: Mapping[str, Menu], budget: int) -> dict[str, int]:
@@ -61,7 +78,7 @@ def bisect(menus: Mapping[str, Menu], budget: int) -> dict[str, int]:
     while spent(picks(high)) > budget and high < 1e18:
         low, high = high, 4 * high
     if spent(picks(high)) > budget:
-        return dict.fromkeys(menus, 0)
+        return {name: int(np.argmin(menu.costs)) for name, menu in menus.items()}
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if spent(picks(middle)) > budget else (low, middle)
@@ -69,7 +86,7 @@ def bisect(menus: Mapping[str, Menu], budget: int) -> dict[str, int]:
 
 
 def fill(menus: Mapping[str, Menu], picks: dict[str, int], budget: int) -> dict[str, int]:
-    """Spends what the multiplier left, one rank at a time, the best worth per parameter first.
+    """Spends what the multiplier left, one rank at a time, the best worth per unit first.
 
     Nothing is spent where nothing is gained, so an exact answer may stay well below the budget.
     """

@@ -1,52 +1,57 @@
 """The rank policies: each a frozen value with a check, a limit and a choice."""
 
 import math
+from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-from eckart.allocate.budget import Menu, bisect, fill
-from eckart.allocate.cost import Choice, Form, Shape, break_even, cost, paying_rank
+from eckart.allocate.budget import Menu, spend
+from eckart.allocate.item import Choice, Item, Terms
 from eckart.errors import UsageError
 from eckart.linalg.spectrum import Spectrum
-
-
-class RankPolicy(Protocol):
-    """How ranks are chosen."""
-
-    name: ClassVar[str]
-
-    @property
-    def value(self) -> float:
-        """The number the user gave."""
-        ...
-
-    @property
-    def allowed(self) -> float | None:
-        """The largest relative error of any factored matrix, None if nothing is promised of it."""
-        ...
-
-    def limit(self, shape: Shape, form: Form) -> int:
-        """Returns the largest rank that could be wanted of this shape; 0 if it is copied."""
-        ...
-
-    def refusal(self, shape: Shape, form: Form) -> str:
-        """Returns why a matrix whose limit is 0 is copied."""
-        ...
-
-    def check(self, shapes: Mapping[str, Shape], form: Form) -> None:
-        """Raises UsageError where the shapes alone show that no ranks can do it."""
-        ...
-
-    def choose(
-        self, spectra: Mapping[str, Spectrum], dense: Mapping[str, Shape], form: Form
-    ) -> dict[str, Choice]:
-        """Returns a choice per spectrum; `dense` are the targeted matrices already copied."""
-        ...
+from eckart.matrix import FactorForm
 
 
 @dataclass(frozen=True, slots=True)
-class FixedRank:
+class RankPolicy(ABC):
+    """How ranks are chosen: from the sizes of all targeted matrices, and the spectra of some."""
+
+    name: ClassVar[str]
+    value: float  # the number the user gave
+
+    @property
+    @abstractmethod
+    def allowed(self) -> float | None:
+        """The largest relative error of any factored matrix, None if nothing is promised of it."""
+
+    @property
+    def is_budget(self) -> bool:
+        """Whether the number is for all matrices together, so that forms compete."""
+        return False
+
+    def limit(self, item: Item, terms: Terms) -> int:
+        """Returns the largest rank that could be wanted of this item; 0 if it is copied."""
+        return terms.largest(item)
+
+    def refusal(self, item: Item, terms: Terms) -> str:
+        """Returns why an item whose limit is 0 is copied."""
+        return f"dense: no rank pays, {terms.break_even(item)}"
+
+    @abstractmethod
+    def check(self, items: Mapping[str, Item], terms: Terms) -> None:
+        """Raises UsageError where the sizes alone show that no ranks can do it."""
+
+    @abstractmethod
+    def choose(
+        self, items: Mapping[str, Item], spectra: Mapping[str, Spectrum], terms: Terms
+    ) -> dict[str, Choice]:
+        """Returns a choice per spectrum; the other items are copied whatever is chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class FixedRank(RankPolicy):
     """The same rank for every matrix, where it pays."""
 
     name: ClassVar[str] = "rank"
@@ -61,43 +66,30 @@ class FixedRank:
         """Nothing is promised of a single matrix."""
         return None
 
-    def limit(self, shape: Shape, form: Form) -> int:
+    def limit(self, item: Item, terms: Terms) -> int:
         """The rank itself, if it pays."""
-        return self.value if self.value <= paying_rank(shape, form) else 0
+        return self.value if self.value <= terms.largest(item) else 0
 
-    def refusal(self, shape: Shape, form: Form) -> str:
+    def refusal(self, item: Item, terms: Terms) -> str:
         """Rank against break-even."""
-        asked, largest = f"dense: rank {self.value} does not pay", min(shape)
+        asked, largest = f"dense: rank {self.value} does not pay", min(item.shape)
         clamped = f" (clamped to {largest})" if self.value > largest else ""
-        return f"{asked}{clamped}, {break_even(shape, form)}"
+        return f"{asked}{clamped}, {terms.break_even(item)}"
 
-    def check(self, shapes: Mapping[str, Shape], form: Form) -> None:
-        """Any shapes will do: what does not pay is copied."""
+    def check(self, items: Mapping[str, Item], terms: Terms) -> None:
+        """The rank must be a multiple of `align`."""
+        if self.value % terms.align:
+            raise UsageError(f"--rank {self.value} is no multiple of --align {terms.align}.")
 
     def choose(
-        self, spectra: Mapping[str, Spectrum], dense: Mapping[str, Shape], form: Form
+        self, items: Mapping[str, Item], spectra: Mapping[str, Spectrum], terms: Terms
     ) -> dict[str, Choice]:
         """Every matrix takes the rank."""
-        return {name: Choice(self.value) for name in spectra}
+        return {name: terms.choice(self.value) for name in spectra}
 
 
 @dataclass(frozen=True, slots=True)
-class _AnyRankThatPays:
-    """What the policies share that may want any rank: the number given, and how far it can go."""
-
-    value: float
-
-    def limit(self, shape: Shape, form: Form) -> int:
-        """Any rank that pays."""
-        return paying_rank(shape, form)
-
-    def refusal(self, shape: Shape, form: Form) -> str:
-        """No rank pays."""
-        return f"dense: no rank pays, {break_even(shape, form)}"
-
-
-@dataclass(frozen=True, slots=True)
-class Energy(_AnyRankThatPays):
+class Energy(RankPolicy):
     """Per matrix, the smallest rank that keeps a fraction of ‖W‖_F²."""
 
     name: ClassVar[str] = "energy"
@@ -111,21 +103,21 @@ class Energy(_AnyRankThatPays):
         """√(1 − energy)."""
         return math.sqrt(1 - self.value)
 
-    def check(self, shapes: Mapping[str, Shape], form: Form) -> None:
-        """Any shapes will do: what does not pay is copied."""
+    def check(self, items: Mapping[str, Item], terms: Terms) -> None:
+        """Any sizes will do: what does not pay is copied."""
 
     def choose(
-        self, spectra: Mapping[str, Spectrum], dense: Mapping[str, Shape], form: Form
+        self, items: Mapping[str, Item], spectra: Mapping[str, Spectrum], terms: Terms
     ) -> dict[str, Choice]:
         """The smallest sufficient rank, if it pays."""
         return {
-            name: _if_it_pays(spectrum, spectrum.rank_at_energy(self.value), form)
+            name: _if_it_pays(items[name], spectrum.rank_at_energy(self.value), terms)
             for name, spectrum in spectra.items()
         }
 
 
 @dataclass(frozen=True, slots=True)
-class RelativeError(_AnyRankThatPays):
+class RelativeError(RankPolicy):
     """Per matrix, the smallest rank with ‖W − BA‖_F ≤ error·‖W‖_F."""
 
     name: ClassVar[str] = "error"
@@ -139,27 +131,90 @@ class RelativeError(_AnyRankThatPays):
         """The error itself."""
         return self.value
 
-    def check(self, shapes: Mapping[str, Shape], form: Form) -> None:
-        """Any shapes will do: what does not pay is copied."""
+    def check(self, items: Mapping[str, Item], terms: Terms) -> None:
+        """Any sizes will do: what does not pay is copied."""
 
     def choose(
-        self, spectra: Mapping[str, Spectrum], dense: Mapping[str, Shape], form: Form
+        self, items: Mapping[str, Item], spectra: Mapping[str, Spectrum], terms: Terms
     ) -> dict[str, Choice]:
         """The smallest sufficient rank, if it pays."""
         return {
-            name: _if_it_pays(spectrum, spectrum.rank_at_error(self.value), form)
+            name: _if_it_pays(items[name], spectrum.rank_at_error(self.value), terms)
             for name, spectrum in spectra.items()
         }
 
 
 @dataclass(frozen=True, slots=True)
-class Keep(_AnyRankThatPays):
-    """A global budget: parameters after / before, over all targeted matrices.
+class Budget(RankPolicy):
+    """A global budget over all targeted matrices, in some unit.
 
     Keeping component i of a matrix is worth mn·σᵢ²/‖W‖_F² (what a matrix loses counts in
-    proportion to its size) and costs parameters; *dense* is among the choices. One Lagrange
+    proportion to its size) and costs its unit; *dense* is among the choices. One Lagrange
     multiplier, bisected, then a greedy fill of what is left. Never above the budget.
     """
+
+    @property
+    def is_budget(self) -> bool:
+        """Forms compete under it."""
+        return True
+
+    @property
+    def allowed(self) -> None:
+        """Nothing is promised of a single matrix."""
+        return None
+
+    @abstractmethod
+    def budget(self, items: Mapping[str, Item], terms: Terms) -> int:
+        """Returns what the targeted matrices may cost, all together."""
+
+    @abstractmethod
+    def price(self, item: Item, rank: int | None, terms: Terms) -> int:
+        """Returns what an item costs at a rank, or dense."""
+
+    @abstractmethod
+    def unreachable(self, least: int, items: Mapping[str, Item], terms: Terms) -> UsageError:
+        """Returns the error for a budget below the least that these matrices can cost."""
+
+    def check(self, items: Mapping[str, Item], terms: Terms) -> None:
+        """The smallest rank everywhere must be within the budget."""
+        least = sum(
+            min(self.price(item, None, terms), self.price(item, terms.align, terms))
+            if terms.largest(item)
+            else self.price(item, None, terms)
+            for item in items.values()
+        )
+        if least > self.budget(items, terms):
+            raise self.unreachable(least, items, terms)
+
+    def choose(
+        self, items: Mapping[str, Item], spectra: Mapping[str, Spectrum], terms: Terms
+    ) -> dict[str, Choice]:
+        """The ranks that keep the most worth within the budget."""
+
+        def price(item: Item, rank: int | None) -> int:
+            return self.price(item, rank, terms)
+
+        menus = {
+            name: Menu.of(items[name], spectrum, terms, price) for name, spectrum in spectra.items()
+        }
+        fixed = sum(price(item, None) for name, item in items.items() if name not in spectra)
+        left = self.budget(items, terms) - fixed
+        least = sum(int(menu.least) for menu in menus.values())
+        if least > left:
+            raise self.unreachable(fixed + least, items, terms)
+        return spend(menus, left, terms)
+
+    def same_price(self, item: Item, rank: int, terms: Terms, form: FactorForm) -> int:
+        """Returns the largest rank in one form that costs no more than `rank` does in `terms`."""
+        planned, fixed = self.price(item, rank, terms), replace(terms, form=form)
+        ranks = range(terms.align, min(item.shape) + 1, terms.align)
+        fitting = bisect_right(ranks, planned, key=lambda r: self.price(item, r, fixed))
+        return ranks[fitting - 1] if fitting else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Keep(Budget):
+    """Parameters after / before, over all targeted matrices."""
 
     name: ClassVar[str] = "keep"
 
@@ -167,43 +222,62 @@ class Keep(_AnyRankThatPays):
         if not 0 < self.value <= 1:
             raise UsageError(f"--keep {self.value} is out of range: choose above 0, up to 1.")
 
-    @property
-    def allowed(self) -> None:
-        """Nothing is promised of a single matrix."""
-        return None
+    def budget(self, items: Mapping[str, Item], terms: Terms) -> int:
+        """The share of all targeted parameters."""
+        return math.floor(self.value * _total(items))
 
-    def check(self, shapes: Mapping[str, Shape], form: Form) -> None:
-        """Rank 1 everywhere must be within the budget."""
-        total = sum(m * n for m, n in shapes.values())
-        least = sum(min(cost((m, n), 1, form), m * n) for m, n in shapes.values())
-        self._reach(least, total)
+    def price(self, item: Item, rank: int | None, terms: Terms) -> int:
+        """Parameters."""
+        return item.dense_parameters if rank is None else item.parameters(rank, terms.form)
 
-    def choose(
-        self, spectra: Mapping[str, Spectrum], dense: Mapping[str, Shape], form: Form
-    ) -> dict[str, Choice]:
-        """The ranks that keep the most worth within the budget."""
-        fixed = sum(m * n for m, n in dense.values())
-        total = fixed + sum(math.prod(spectrum.shape) for spectrum in spectra.values())
-        menus = {name: Menu.of(spectrum, form) for name, spectrum in spectra.items()}
-        self._reach(fixed + sum(int(menu.costs[0]) for menu in menus.values()), total)
-        budget = math.floor(self.value * total) - fixed
-        picks = fill(menus, bisect(menus, budget), budget)
-        return {name: menus[name].choice(pick) for name, pick in picks.items()}
+    def unreachable(self, least: int, items: Mapping[str, Item], terms: Terms) -> UsageError:
+        """What the least keeps."""
+        return UsageError(
+            f"--keep {self.value} cannot be reached: rank {terms.align} everywhere keeps "
+            f"{math.ceil(1e4 * least / _total(items)) / 1e4:.4f} of the targeted parameters: "
+            "choose at least that."
+        )
 
-    def _reach(self, least: int, total: int) -> None:
-        if least > math.floor(self.value * total):
-            raise UsageError(
-                f"--keep {self.value} cannot be reached: rank 1 everywhere keeps "
-                f"{least / total:.4f} of the targeted parameters. Choose more than that."
-            )
+
+@dataclass(frozen=True, slots=True)
+class Size(Budget):
+    """The bytes of all tensors of the output."""
+
+    name: ClassVar[str] = "size"
+    value: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.value, int) or self.value < 1:
+            raise UsageError(f"--size {self.value} is out of range: choose 1 byte or more.")
+
+    def budget(self, items: Mapping[str, Item], terms: Terms) -> int:
+        """What the tensors that are no matrices leave."""
+        return self.value - terms.rest_bytes
+
+    def price(self, item: Item, rank: int | None, terms: Terms) -> int:
+        """Bytes."""
+        return item.dense_bytes if rank is None else item.bytes(rank, terms.form)
+
+    def unreachable(self, least: int, items: Mapping[str, Item], terms: Terms) -> UsageError:
+        """What the least takes."""
+        return UsageError(
+            f"--size {self.value} cannot be reached: rank {terms.align} everywhere takes "
+            f"{least + terms.rest_bytes} bytes, {terms.rest_bytes} of them for tensors that are "
+            "not factored. Choose more than that."
+        )
 
 
 POLICIES: dict[str, Callable[[Any], RankPolicy]] = {
-    policy.name: policy for policy in (FixedRank, Energy, RelativeError, Keep)
+    policy.name: policy for policy in (FixedRank, Energy, RelativeError, Keep, Size)
 }
 
 
-def _if_it_pays(spectrum: Spectrum, rank: int, form: Form) -> Choice:
-    if rank > paying_rank(spectrum.shape, form):
-        return Choice(None, f"dense: needs rank {rank}, {break_even(spectrum.shape, form)}")
-    return Choice(max(rank, 1))
+def _total(items: Mapping[str, Item]) -> int:
+    return sum(item.dense_parameters for item in items.values())
+
+
+def _if_it_pays(item: Item, rank: int, terms: Terms) -> Choice:
+    aligned = terms.aligned(rank)
+    if aligned > terms.largest(item):
+        return Choice(None, f"dense: needs rank {rank}, {terms.break_even(item)}")
+    return terms.choice(aligned)

@@ -2,45 +2,54 @@
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Literal
 
 import torch
 
+from eckart.assemble.filling import Filled
 from eckart.assemble.job import Job
 from eckart.certificate import (
     Certificate,
     FactoredEntry,
     FileRecord,
+    Kind,
     MatrixRecord,
     Row,
     Run,
     SourceRecord,
+    TiedRow,
     Totals,
 )
-from eckart.checkpoint.header import file_sha256
+from eckart.checkpoint.header import TensorInfo, file_sha256
+from eckart.checkpoint.opening import open_checkpoint
 from eckart.checkpoint.paths import write_file
-from eckart.checkpoint.source import Checkpoint, open_checkpoint
+from eckart.checkpoint.source import Source
 from eckart.checkpoint.writer import CERTIFICATE
+from eckart.formats.factored import PERM
 
 
-def certify(
-    job: Job,
-    *,
-    kind: Literal["factored", "dense"],
-    entries: Mapping[str, FactoredEntry],
-    records: list[MatrixRecord],
-    copied: Mapping[str, str],
-    targeted: set[str],
-) -> Certificate:
+@dataclass(frozen=True, slots=True)
+class Accounts:
+    """What became of every tensor of the source, and what a reader should know of it."""
+
+    entries: Mapping[str, FactoredEntry]
+    copied: Mapping[str, str]  # name → why
+    targeted: Collection[str]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+
+
+def certify(job: Job, kind: Kind, accounts: Accounts, filled: Iterable[Filled]) -> Certificate:
     """Writes eckart.json over everything that stands in the staged folder."""
-    source = job.source
-    written = open_checkpoint(job.staged)
+    source, written, filled = job.source, open_checkpoint(job.staged), [*filled]
+    records = sorted((one.record for one in filled if one.record), key=lambda record: record.name)
+    digests = {one.name: one.source_digest for one in filled if one.source_digest}
     files = sorted(path for path in job.staged.rglob("*") if path.is_file())
     certificate = Certificate(
         kind=kind,
-        source=SourceRecord(name=source.folder.resolve().name, fingerprint=source.fingerprint()),
+        source=SourceRecord(name=source.name, fingerprint=source.fingerprint(digests)),
         options=job.options,
         versions=versions(),
         files={
@@ -50,14 +59,16 @@ def certify(
             for path in files
         },
         matrices=records,
-        copied=[Row(name=name, reason=reason) for name, reason in sorted(copied.items())],
-        factored=dict(entries),
-        totals=count_totals(source, written, records, targeted),
+        copied=[Row(name=name, reason=why) for name, why in sorted(accounts.copied.items())],
+        tied=[TiedRow(name=name, to=to) for name, to in sorted(accounts.tied.items())],
+        factored=dict(accounts.entries),
+        totals=count_totals(source, written, records, accounts),
+        remarks=[*accounts.remarks],
         run=Run(
             seconds=round(time.monotonic() - job.began, 3),
             started=job.started.isoformat(timespec="seconds"),
-            workers=1,
-            source_files={file: (source.folder / file).stat().st_size for file in source.files},
+            workers=job.workers,
+            source_files={file: stamp.bytes for file, stamp in source.stamps.items()},
         ),
     )
     write_file(job.staged / CERTIFICATE, certificate.encode())
@@ -65,29 +76,35 @@ def certify(
 
 
 def count_totals(
-    source: Checkpoint, written: Checkpoint, records: list[MatrixRecord], targeted: set[str]
+    source: Source, written: Source, records: list[MatrixRecord], accounts: Accounts
 ) -> Totals:
     """Returns what both checkpoints hold: the targeted matrices, the model, the bytes."""
     changed = {record.name for record in records}
-    left = sum(source.tensors[name].parameters for name in targeted - changed)
+    left = sum(source.tensors[name].parameters for name in {*accounts.targeted} - changed)
     before = left + sum(record.parameters[0] for record in records)
     after = left + sum(record.parameters[1] for record in records)
     return Totals(
         targeted_parameters=(before, after),
-        model_parameters=(_parameters(source), _parameters(written)),
+        model_parameters=(_parameters(source, accounts), _parameters(written, accounts)),
         tensor_bytes=(
-            sum(info.nbytes for info in source.tensors.values()),
+            sum(i.nbytes for name, i in source.tensors.items() if name not in accounts.tied),
             sum(info.nbytes for info in written.tensors.values()),
         ),
         keep=after / before if before else 1.0,
     )
 
 
-def _parameters(checkpoint: Checkpoint) -> int:
-    """Entries of all tensors but permutations, which count in bytes only."""
+def _parameters(checkpoint: Source, accounts: Accounts) -> int:
     return sum(
-        info.parameters for name, info in checkpoint.tensors.items() if not name.endswith(".perm")
+        info.parameters
+        for name, info in checkpoint.tensors.items()
+        if name not in accounts.tied and not _is_permutation(name, info)
     )
+
+
+def _is_permutation(name: str, info: TensorInfo) -> bool:
+    """Permutations count in bytes only."""
+    return name.endswith(f".{PERM}") and info.dtype == "I64"
 
 
 def versions() -> dict[str, str]:

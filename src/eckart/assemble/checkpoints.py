@@ -1,149 +1,101 @@
-"""Whole checkpoints: factored (format 1), and dense again."""
+"""Whole checkpoints: what is to be laid out, and the order that fills each tensor."""
 
 from collections.abc import Iterable, Mapping
-
-import torch
+from dataclasses import dataclass
 
 from eckart.allocate import Choice
-from eckart.assemble.certification import certify
+from eckart.assemble.filling import Copy, Factor, Filler, Multiply, Order
 from eckart.assemble.job import Job
-from eckart.assemble.measurement import measure_dense, measure_factored
-from eckart.assemble.promises import rounded_product
-from eckart.assemble.sidecars import write_sidecars
-from eckart.certificate import Certificate, FactoredEntry, FactorForm
-from eckart.checkpoint.source import Checkpoint
-from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout
+from eckart.certificate import FactoredEntry
+from eckart.checkpoint.source import Source
+from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout, lay_out_checkpoint
 from eckart.decompose import Decomposition
-from eckart.errors import InputError, PromiseError
+from eckart.errors import InputError
 from eckart.formats import dense, factored
-from eckart.linalg.arrays import check_finite
+from eckart.matrix import FactorForm, Matrix
 
 
-def assemble_factored(
-    job: Job,
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """An output as planned: every tensor's layout, and an order for each tensor of the source."""
+
+    entries: Mapping[str, FactoredEntry]  # by module, of the output
+    layout: Mapping[str, TensorLayout]
+    orders: Mapping[str, Order]
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(place.nbytes for place in self.layout.values())
+
+    def begin(self, job: Job) -> tuple[Filler, TensorFiles]:
+        """Lays the files out in the staged folder; returns the unit that fills them, and them."""
+        files = lay_out_checkpoint(job.staged, self.layout, job.shard_bytes)
+        return Filler(job.source, files, self.layout, job.seed, job.threads), files
+
+
+def factored_assembly(
+    source: Source,
+    matrices: Mapping[str, Matrix],
     choices: Mapping[str, Choice],
-    copied: Mapping[str, str],
     decompositions: Mapping[str, Decomposition],
     *,
-    form: FactorForm,
+    left_out: Iterable[str] = (),
     dtype: str | None = None,
-) -> Certificate:
-    """Writes a factored checkpoint (format 1) into the staged folder and returns its certificate.
+) -> Assembly:
+    """Returns the plan of a factored checkpoint (format 1).
 
-    `choices` are the targeted matrices, `copied` the reasons of all other tensors. Factors take
-    the matrix's own dtype unless `dtype` names another.
+    `choices` are the targeted tensors; every other one is copied, but for those `left_out`.
+    Factors take the tensor's own dtype unless `dtype` names another.
     """
-    source = job.source
     entries = {
-        factored.module_of(name): _entry(source, name, choice.rank, form)
+        factored.module_of(name): _entry(matrices[name], choice.rank, choice.form)
         for name, choice in choices.items()
         if choice.rank is not None
     }
-    file = TensorFiles(job.staged, _factored_layout(source, entries, dtype), job.shard_bytes)
-    for name in source.tensors:
+    layout: dict[str, TensorLayout] = {}
+    orders: dict[str, Order] = {}
+    for name, info in source.tensors.items():
         X = factored.module_of(name)
-        if name.endswith(".weight") and X in entries:
-            _write_factors(file, source, decompositions[name], entries[X], dtype)
-        else:
-            file.write(factored.stored_name(name, entries), source.raw(name))
-    file.close()
-    write_sidecars(job, {"quantization_config": factored.quantization_config(entries)})
-    records = list(measure_factored(job, entries, decompositions))
-    reasons = {name: choice.reason for name, choice in choices.items() if choice.rank is None}
-    return certify(
-        job,
-        kind="factored",
-        entries=entries,
-        records=records,
-        copied={**copied, **reasons},
-        targeted=set(choices),
-    )
+        if name in choices and choices[name].rank is not None:
+            stored = dtype or info.dtype
+            layout |= factored.layout(name, entries[X], stored, info.dtype)
+            orders[name] = Factor(name, entries[X], decompositions[name], stored)
+        elif name not in left_out:
+            stored = factored.stored_name(name, entries)
+            layout[stored] = TensorLayout(info.dtype, info.shape, info.nbytes)
+            orders[name] = Copy(name, stored, info.nbytes)
+    return Assembly(dict(sorted(entries.items())), layout, orders)
 
 
-def check_names(source: Checkpoint, matrices: Iterable[str], form: FactorForm) -> None:
-    """Raises InputError where a factor of one of the matrices would take another tensor's name."""
+def dense_assembly(source: Source, factors: Mapping[str, FactoredEntry]) -> Assembly:
+    """Returns the plan of the dense checkpoint of a factored one; `factors` by tensor."""
+    modules = {factored.module_of(name) for name in factors}
+    layout: dict[str, TensorLayout] = {}
+    orders: dict[str, Order] = {}
+    for name, info in source.tensors.items():
+        if name in factors:
+            layout |= dense.layout(name, factors[name], info.dtype)  # the guard keeps it
+            orders[name] = Multiply(name, factors[name], info.dtype)
+        elif (original := dense.dense_name(name, modules)) is not None:
+            layout[original] = TensorLayout(info.dtype, info.shape, info.nbytes)
+            orders[name] = Copy(name, original, info.nbytes)
+    return Assembly({}, layout, orders)
+
+
+def check_names(source: Source, matrices: Iterable[str]) -> None:
+    """Raises InputError where a factor of one of the matrices would take another tensor's name.
+
+    Of either form: the way back (`dense.dense_name`) goes by names alone.
+    """
     for name in matrices:
-        X, entry = factored.module_of(name), _entry(source, name, 1, form)
-        taken = {*factored.layout(X, entry, "F32")} - {name}
-        if f"{X}.bias" in source.tensors:
-            taken |= {factored.stored_name(f"{X}.bias", {X: entry})} - {f"{X}.bias"}
+        taken = factored.names(name) - {name}
         if clash := taken & source.tensors.keys():
             raise InputError(
-                f"the source already holds a tensor called {min(clash)}, which a factor of {X} "
+                f"the source already holds a tensor called {min(clash)}, which a factor of {name} "
                 "needs: leave that matrix out with --exclude."
             )
 
 
-def assemble_dense(job: Job, certificate: Certificate) -> Certificate:
-    """Writes the dense checkpoint of a factored one, and returns its certificate."""
-    source, entries = job.source, certificate.factored
-    dtypes = {X: source.tensors[f"{X}.weight"].dtype for X in entries}  # the guard keeps it
-    layout: dict[str, TensorLayout] = {}
-    names: dict[str, str] = {}
-    for name, info in source.tensors.items():
-        if (original := dense.dense_name(name, entries)) is not None:
-            names[name] = original
-            layout[original] = TensorLayout(info.dtype, info.shape, info.nbytes)
-    for X, entry in entries.items():
-        layout |= dense.layout(X, entry, dtypes[X])
-    file = TensorFiles(job.staged, layout, job.shard_bytes)
-    for name, original in names.items():
-        file.write(original, source.raw(name))
-    for X, entry in entries.items():
-        file.write(f"{X}.weight", dense.encode(source, X, entry, dtypes[X]))
-    file.close()
-    write_sidecars(job, {"quantization_config": None})
-    records = list(measure_dense(job, entries))
-    copied = dict.fromkeys(names, "not factored")
-    return certify(
-        job,
-        kind="dense",
-        entries={},
-        records=records,
-        copied=copied,
-        targeted={record.name for record in records},
-    )
-
-
-def _entry(source: Checkpoint, name: str, rank: int, form: FactorForm) -> FactoredEntry:
-    m, n = source.tensors[name].shape
-    return FactoredEntry(rank=rank, form=form, shape=(m, n), orientation="out_in")
-
-
-def _factored_layout(
-    source: Checkpoint, entries: Mapping[str, FactoredEntry], dtype: str | None
-) -> dict[str, TensorLayout]:
-    layout: dict[str, TensorLayout] = {}
-    for name, info in source.tensors.items():
-        X = factored.module_of(name)
-        if name.endswith(".weight") and X in entries:
-            layout |= factored.layout(X, entries[X], dtype or info.dtype, info.dtype)
-        else:
-            stored = factored.stored_name(name, entries)
-            layout[stored] = TensorLayout(info.dtype, info.shape, info.nbytes)
-    return layout
-
-
-def _write_factors(
-    file: TensorFiles,
-    source: Checkpoint,
-    decomposition: Decomposition,
-    entry: FactoredEntry,
-    dtype: str | None,
-) -> None:
-    name = decomposition.name
-    target = dtype or source.tensors[name].dtype
-    product = rounded_product(decomposition, source.load(name), entry.rank, entry.form, target)
-    for part, tensor in factored.encode(factored.module_of(name), product).items():
-        if tensor.is_floating_point() and len(tensor):
-            _check_overflow(tensor, part)
-        file.write(part, tensor)
-
-
-def _check_overflow(tensor: torch.Tensor, name: str) -> None:
-    try:
-        check_finite(tensor, name)
-    except InputError as error:
-        raise PromiseError(
-            f"{error} The factors overflow {tensor.dtype}: add --dtype float32."
-        ) from None
+def _entry(matrix: Matrix, rank: int, form: FactorForm) -> FactoredEntry:
+    return FactoredEntry(rank=rank, form=form, shape=matrix.stored, orientation=matrix.orientation)

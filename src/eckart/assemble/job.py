@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from eckart.certificate import Options
-from eckart.checkpoint.source import Checkpoint
+from eckart.checkpoint.source import Source
 from eckart.checkpoint.tensor_file import SHARD_BYTES
 
 
@@ -14,10 +14,12 @@ from eckart.checkpoint.tensor_file import SHARD_BYTES
 class Job:
     """One run: the source, the staged folder it fills, and the options as the user gave them."""
 
-    source: Checkpoint
+    source: Source
     staged: Path
     seed: int
     options: Options
     shard_bytes: int = SHARD_BYTES
+    threads: int | None = None  # per matrix; None: by shape
+    workers: int = 1
     began: float = field(default_factory=time.monotonic)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))

@@ -9,16 +9,16 @@ import math
 from pathlib import Path
 from typing import Any, NoReturn
 
-from eckart.checkpoint.paths import read_bytes
+from eckart.checkpoint.paths import printable, read_bytes
 from eckart.errors import CheckpointError
 
-JSON_BYTES = 2**28
-"""Larger than any index or config in use; a cap so that a hostile file cannot fill memory."""
+JSON_BYTES = 2**26
+"""64 MiB, more than any index or config in use: parsed, brackets take 30 times their bytes."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a regular file, or raises CheckpointError naming it."""
-    return parse_json(read_bytes(path, JSON_BYTES), str(path))
+    return parse_json(read_bytes(path, JSON_BYTES), printable(path))
 
 
 def parse_json(text: bytes, name: str) -> dict[str, Any]:
@@ -31,9 +31,13 @@ def parse_json(text: bytes, name: str) -> dict[str, Any]:
             parse_float=_finite,
         )
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError too
-        raise CheckpointError(f"{name} is not valid JSON: {error}. Download it again.") from None
+        raise CheckpointError(
+            f"{name} is not valid JSON: {printable(error)}. Download it again."
+        ) from None
     if not isinstance(document, dict):
-        raise CheckpointError(f"{name} holds a JSON {type(document).__name__}, not an object.")
+        raise CheckpointError(
+            f"{name} holds a JSON {type(document).__name__}, not an object. Download it again."
+        )
     return document
 
 

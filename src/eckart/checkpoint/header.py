@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from eckart.checkpoint.documents import parse_json
-from eckart.checkpoint.paths import open_regular, printable, read_into
+from eckart.checkpoint.paths import damage, open_regular, printable, read_into
 from eckart.errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -32,7 +33,13 @@ DTYPES: dict[str, torch.dtype] = {
 HEADER_BYTES = 2**25
 """32 MiB: parsing costs about 20 times the header in memory, and no model comes near it."""
 
-MAX_DIMENSIONS, MAX_SIDE = 8, 2**48
+MAX_DIMENSIONS, MAX_ENTRIES = 8, 2**48
+
+CLAIM, CLAIM_RATIO = 2**26, 100
+"""Tensors may take 64 MiB, or 100 times their file: beyond, it is made to fill memory or disk.
+
+Heuristic: deflate reaches 1000:1, and views can share what is stored, but weights do neither.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     header, start = _header_bytes(path)
     document = parse_json(header, f"the header of {printable(path)}")
     try:
-        with safe_open(path, framework="pt", backend="pread"):
+        with damage(path), safe_open(path, framework="pt", backend="pread"):
             pass
     except SafetensorError as error:
         raise CheckpointError(
@@ -85,19 +92,46 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def check_tensor(name: str, shape: Sequence[int], path: Path) -> None:
+    """Raises CheckpointError for a name that cannot be written, or a shape that no tensor has."""
+    where = f"{printable(name)} in {printable(path)}"
+    if any("\ud800" <= c <= "\udfff" for c in name):  # halves of UTF-16 pairs, from a pickle
+        raise CheckpointError(f"{where} has a name that is no Unicode text: rename it.")
+    if len(shape) > MAX_DIMENSIONS or math.prod(max(side, 1) for side in shape) >= MAX_ENTRIES:
+        raise CheckpointError(
+            f"{where} has an absurd shape, {printable([*shape[:MAX_DIMENSIONS]])}. Download it "
+            "again."
+        )
+
+
+def check_claims(tensors: Iterable[TensorInfo], path: Path) -> None:
+    """Raises CheckpointError where the tensors of a file are out of proportion to it."""
+    claimed = sum(info.nbytes for info in tensors)
+    with damage(path):
+        stored = path.stat().st_size
+    if claimed > max(CLAIM, CLAIM_RATIO * stored):
+        raise CheckpointError(
+            f"{printable(path)} has {stored} bytes, but its tensors would take {claimed}: it was "
+            "made to fill memory. If you trust it, convert it to safetensors."
+        )
+
+
 def _header_bytes(path: Path) -> tuple[bytes, int]:
     descriptor = open_regular(path)
     try:
         size = os.fstat(descriptor).st_size
         if size < 8:
-            raise CheckpointError(f"{printable(path)} has {size} bytes: not a safetensors file.")
+            raise CheckpointError(
+                f"{printable(path)} has {size} bytes: not a safetensors file. Download it again."
+            )
         prefix = bytearray(8)
         read_into(descriptor, memoryview(prefix), 0, path)
         length = int.from_bytes(prefix, "little")
         if length > min(size - 8, HEADER_BYTES):
             raise CheckpointError(
                 f"{printable(path)} announces a header of {length} bytes, but has {size} in all "
-                f"(and at most {HEADER_BYTES} are read): not a safetensors file, or cut short."
+                f"(and at most {HEADER_BYTES} are read): not a safetensors file, or cut short. "
+                "Download it again."
             )
         header = bytearray(length)
         read_into(descriptor, memoryview(header), 8, path)
@@ -106,11 +140,10 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
     return bytes(header), 8 + length
 
 
-def _tensor_info(name: str, entry: dict[str, object], path: Path, start: int) -> TensorInfo:
-    shape, offsets = entry["shape"], entry["data_offsets"]  # safetensors has checked their types
-    assert isinstance(shape, list)
-    assert isinstance(offsets, list)
-    if len(shape) > MAX_DIMENSIONS or any(side >= MAX_SIDE for side in shape):
-        raise CheckpointError(f"{printable(name)} in {printable(path)} has an absurd shape.")
-    begin, end = offsets
-    return TensorInfo(tuple(shape), str(entry["dtype"]), path.name, start + begin, start + end)
+def _tensor_info(name: str, entry: object, path: Path, start: int) -> TensorInfo:
+    match entry:  # safetensors has checked the types, if the file is still the same
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+            check_tensor(name, shape, path)
+            return TensorInfo(tuple(shape), dtype, path.name, start + begin, start + end)
+        case _:
+            raise CheckpointError(f"{printable(path)} was changed while being read. Start again.")

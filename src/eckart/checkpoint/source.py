@@ -1,110 +1,164 @@
-"""Checkpoints as lazy sources: headers first, tensors one at a time.
+"""Checkpoints as lazy sources: headers first, then tensors, whole or by rows.
 
-Knows safetensors on disk; must not know what the tensors are for.
+Knows bytes on disk; must not know what the tensors are for.
 """
 
 import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from eckart.checkpoint.header import DTYPES, TensorInfo, file_sha256, read_header
-from eckart.checkpoint.index import INDEX, WEIGHTS, read_shards
+from eckart.checkpoint.documents import canonical_json
+from eckart.checkpoint.header import DTYPES, TensorInfo
 from eckart.checkpoint.paths import open_regular, printable, read_into
 from eckart.errors import CheckpointError, DtypeError
 
-
-class Source(Protocol):
-    """Anything that names tensors and loads them one at a time."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor, from headers alone, by name in sorted order."""
-        ...
-
-    def load(self, name: str) -> Tensor:
-        """Returns one tensor, in memory of its own."""
-        ...
+CHUNK_BYTES = 2**26
+"""Tensors are copied and hashed in pieces of 64 MiB, so that a large one costs no memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """One safetensors file or the shards of a folder, read through pread and never mapped.
+class Stamp:
+    """What the file system says of a file's contents."""
 
-    (A mapped file that shrinks kills the process with SIGBUS; a changed one changes tensors that
-    were already loaded.)
-    """
+    bytes: int
+    mtime_ns: int
 
-    folder: Path
-    tensors: Mapping[str, TensorInfo]
 
-    def load(self, name: str) -> Tensor:
-        """Returns one tensor, in memory of its own. Peak: its bytes."""
-        info = self.tensors[name]
-        if info.dtype not in DTYPES:
-            raise DtypeError(
-                f"{printable(name)} has dtype {printable(info.dtype)}, which torch cannot hold."
-            )
-        return self.raw(name).view(DTYPES[info.dtype]).reshape(info.shape)
+@dataclass(frozen=True)
+class Source(ABC):
+    """Anything on disk that names tensors and gives their bytes."""
 
-    def raw(self, name: str) -> Tensor:
-        """Returns the bytes of one tensor, as uint8."""
-        info = self.tensors[name]
-        path = self.folder / info.file
-        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-        descriptor = open_regular(path)
-        try:
-            read_into(descriptor, buffer.numpy().data, info.begin, path)
-        finally:
-            os.close(descriptor)
-        return buffer
+    path: Path  # what the user named: a folder, or one file
+    tensors: Mapping[str, TensorInfo]  # from headers alone, in sorted order
+    tied: Mapping[str, str] = field(default_factory=dict)  # name → the name it shares memory with
+    folder: Path | None = field(init=False)  # where other files are; a single file has none
+    stamps: Mapping[str, Stamp] = field(init=False)  # of every weight file, when it was opened
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", dict(sorted(self.tensors.items())))
+        object.__setattr__(self, "folder", self.path if self.path.is_dir() else None)
+        object.__setattr__(self, "stamps", {file: self._stamp(file) for file in self.files})
+
+    @abstractmethod
+    def read(self, name: str, buffer: memoryview, offset: int) -> None:
+        """Fills `buffer` with a tensor's bytes from `offset` on: little-endian, row-major."""
+
+    @property
+    def name(self) -> str:
+        """The source's own name, without the path to it."""
+        return self.path.name if self.folder is None else self.path.resolve().name
 
     @property
     def files(self) -> list[str]:
         """The weight files, sorted."""
         return sorted({info.file for info in self.tensors.values()})
 
-    def fingerprint(self) -> str:
-        """Returns the SHA-256 over every weight file's name and contents.
+    def file(self, name: str) -> Path:
+        """Returns the path of a weight file."""
+        return self.path if self.folder is None else self.folder / name
 
-        Cost: reads the checkpoint once.
+    def load(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Returns a tensor, or rows start … stop − 1 of it, in memory of its own.
+
+        Rows are indices of the first dimension; without `stop`, all from `start` on. Peak: the
+        bytes of what is returned (other sources than safetensors keep the tensor beside them).
         """
-        digest = hashlib.sha256()
+        info = self.tensors[name]
+        if info.dtype not in DTYPES:
+            raise DtypeError(
+                f"{printable(name)} has dtype {printable(info.dtype)}, which torch cannot hold."
+            )
+        dtype, shape, offset = DTYPES[info.dtype], info.shape, 0
+        if (start, stop) != (0, None):
+            rows = shape[0]
+            stop = rows if stop is None else stop
+            assert 0 <= start <= stop <= rows, f"{name}: rows {start} … {stop} of {rows}"
+            shape, offset = (stop - start, *shape[1:]), start * (info.nbytes // max(rows, 1))
+        buffer = torch.empty(shape, dtype=dtype)
+        self.read(name, _bytes(buffer), offset)
+        return buffer
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """Yields the bytes of a tensor in pieces of at most 64 MiB, each as uint8."""
+        size = self.tensors[name].nbytes
+        for offset in range(0, size, CHUNK_BYTES):
+            piece = torch.empty(min(CHUNK_BYTES, size - offset), dtype=torch.uint8)
+            self.read(name, _bytes(piece), offset)
+            yield piece
+
+    def digest(self, name: str) -> str:
+        """Returns the SHA-256 of a tensor's bytes. Cost: reads it once."""
+        found = hashlib.sha256()
+        for piece in self.chunks(name):
+            found.update(_bytes(piece))
+        return found.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a weight file is not as it was when the source was opened."""
         for file in self.files:
-            digest.update(f"{file}\0{file_sha256(self.folder / file)}\n".encode())
-        return digest.hexdigest()
+            self._check_file(file)
+
+    def fingerprint(self, digests: Mapping[str, str] | None = None) -> str:
+        """Returns the SHA-256 over every tensor's name, dtype, shape and SHA-256.
+
+        How tensors are spread over files does not matter: the same model in one file and in
+        shards has the same fingerprint. `digests` are those already known; the rest is read.
+        """
+        known = digests or {}
+        lines = [
+            [name, info.dtype, [*info.shape], known.get(name) or self.digest(name)]
+            for name, info in self.tensors.items()
+        ]
+        return hashlib.sha256(canonical_json(lines)).hexdigest()
+
+    def _check_file(self, file: str) -> Stamp:
+        """The file's stamp, which must be what it was."""
+        stamp, found = self.stamps[file], self._stamp(file)
+        if found == stamp:
+            return stamp
+        sizes = f"had {stamp.bytes} bytes and has {found.bytes}"
+        what = sizes if found.bytes != stamp.bytes else "was written again"
+        raise CheckpointError(
+            f"{printable(self.file(file))} {what} while it was being read: wait until it is "
+            "complete, and start again."
+        )
+
+    def _stamp(self, file: str) -> Stamp:
+        try:
+            found = self.file(file).stat()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read {printable(self.file(file))}: {error.strerror}. It was there a "
+                "moment ago: put it back, and start again."
+            ) from None
+        return Stamp(found.st_size, found.st_mtime_ns)
 
 
-def open_checkpoint(folder: Path | str) -> Checkpoint:
-    """Returns the checkpoint in `folder`, from its headers alone.
+@dataclass(frozen=True)
+class Checkpoint(Source):
+    """safetensors: one file, or the shards of a folder, read through pread and never mapped.
 
-    Either `model.safetensors`, or shards with an index that agrees with them exactly. Raises
-    CheckpointError, naming the file, for anything that is not whole and unambiguous.
+    (A mapped file that shrinks kills the process with SIGBUS; a changed one changes tensors that
+    were already loaded.)
     """
-    folder = Path(folder)
-    if not folder.exists():
-        raise CheckpointError(f"{printable(folder)} does not exist: check the path.")
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{printable(folder)} is not a folder: give the folder that holds {WEIGHTS}."
-        )
-    single, index = ((folder / name).exists() for name in (WEIGHTS, INDEX))
-    if single and index:
-        raise CheckpointError(
-            f"{printable(folder)} holds both {WEIGHTS} and {INDEX}, which may be two different "
-            "models: move one of them away."
-        )
-    if index:
-        return Checkpoint(folder, MappingProxyType(read_shards(folder)))
-    if not single:
-        raise CheckpointError(
-            f"there is neither {WEIGHTS} nor {INDEX} in {printable(folder)}: give the folder of a "
-            "safetensors checkpoint."
-        )
-    return Checkpoint(folder, MappingProxyType(read_header(folder / WEIGHTS)))
+
+    def read(self, name: str, buffer: memoryview, offset: int) -> None:
+        """Fills `buffer` by pread, straight from the file."""
+        info = self.tensors[name]
+        path = self.file(info.file)
+        descriptor = open_regular(path)
+        try:
+            read_into(descriptor, buffer, info.begin + offset, path)
+        finally:
+            os.close(descriptor)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

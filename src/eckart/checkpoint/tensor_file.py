@@ -1,4 +1,4 @@
-"""safetensors files laid out first and filled in any order, and the shards of a checkpoint."""
+"""safetensors files laid out first and filled in any order, by any process."""
 
 import json
 import math
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from eckart.checkpoint.header import DTYPES
-from eckart.checkpoint.index import INDEX, WEIGHTS
-from eckart.checkpoint.paths import storage_errors, write_file
+from eckart.checkpoint.index import SAFETENSORS
+from eckart.checkpoint.paths import storage_errors, sync, write_file
 from eckart.errors import UsageError
 
 SHARD_BYTES = 5 * 10**9
 """The default of `--shard-size`, as the Hub's own tools cut."""
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,90 +34,109 @@ class TensorLayout:
         """Returns the layout of a tensor of a dtype that torch holds."""
         return cls(dtype, shape, math.prod(shape) * DTYPES[dtype].itemsize)
 
+    @classmethod
+    def like(cls, tensor: Tensor) -> "TensorLayout":
+        """Returns the layout of a tensor in memory."""
+        return cls.of(NAMES[tensor.dtype], tuple(tensor.shape))
+
     @property
     def itemsize(self) -> int:
         """Bytes per element; 1 for what torch does not know, which is copied as bytes."""
         return DTYPES[self.dtype].itemsize if self.dtype in DTYPES else 1
 
 
-class TensorFile:
-    """A safetensors file laid out first and filled tensor by tensor, in any order.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor's bytes lie."""
+
+    file: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFiles:
+    """safetensors files of a folder, laid out and being filled.
+
+    A value: a process that is handed it can fill its own tensors, in any order.
+    """
+
+    folder: Path
+    places: Mapping[str, Place]
+
+    @property
+    def files(self) -> list[str]:
+        """The files' names, sorted."""
+        return sorted({place.file for place in self.places.values()})
+
+    def write(self, name: str, tensor: Tensor, offset: int = 0) -> None:
+        """Puts a tensor, or a piece of its bytes, in its place, `offset` bytes from its start."""
+        place = self.places[name]
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        begin = place.begin + offset
+        assert begin + len(flat) <= place.end, f"{name}: {len(flat)} bytes do not fit at {offset}"
+        path = self.folder / place.file
+        with storage_errors(path):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                _write_all(descriptor, flat.numpy().data, begin)
+            finally:
+                os.close(descriptor)
+
+    def sync(self) -> None:
+        """Syncs every file."""
+        for file in self.files:
+            sync(self.folder / file)
+
+
+def lay_out_file(path: Path, layout: Mapping[str, TensorLayout]) -> TensorFiles:
+    """Creates one safetensors file with its header written and its tensors' places empty.
 
     The header is ours because safetensors' own writer needs all tensors in memory and, with two
     or more metadata keys, orders its header at random (safetensors issue 584). Tensors stand by
     falling element size, then by name, as the library sorts them, so that none is misaligned.
     """
-
-    def __init__(self, path: Path, layout: Mapping[str, TensorLayout]) -> None:
-        self.path, self._left = path, set(layout)
-        header, self._places = _lay_out(layout)
-        self._start = 8 + len(header)
-        size = self._start + max((end for _, end in self._places.values()), default=0)
+    text, offsets = _header(layout)
+    start = 8 + len(text)
+    with storage_errors(path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with storage_errors(path):
-            self._descriptor = os.open(path, flags, 0o666)  # less the umask
-            os.truncate(self._descriptor, size)
-            self._write(len(header).to_bytes(8, "little") + header, 0)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Puts one tensor in its place; its bytes must be as many as were laid out."""
-        begin, end = self._places[name]
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        assert len(flat) == end - begin, f"{name}: {len(flat)} bytes for a place of {end - begin}"
-        with storage_errors(self.path):
-            self._write(flat.numpy().data, self._start + begin)
-        self._left.discard(name)
-
-    def close(self) -> None:
-        """Syncs and closes; every tensor must have been written."""
-        assert not self._left, f"never written: {sorted(self._left)[:3]}"
-        with storage_errors(self.path):
-            os.fsync(self._descriptor)
-            os.close(self._descriptor)
-
-    def _write(self, data: bytes | memoryview, offset: int) -> None:
-        view, done = memoryview(data), 0
-        while done < len(view):
-            done += os.pwrite(self._descriptor, view[done : done + 2**30], offset + done)
+        descriptor = os.open(path, flags, 0o666)  # less the umask
+        try:
+            os.truncate(descriptor, start + max((end for _, end in offsets.values()), default=0))
+            _write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        finally:
+            os.close(descriptor)
+    places = {name: Place(path.name, start + a, start + b) for name, (a, b) in offsets.items()}
+    return TensorFiles(path.parent, places)
 
 
-class TensorFiles:
-    """One `model.safetensors`, or shards with their index where one would be too large.
+def lay_out_checkpoint(
+    folder: Path, layout: Mapping[str, TensorLayout], shard_bytes: int = SHARD_BYTES
+) -> TensorFiles:
+    """Creates one `model.safetensors`, or shards with their index where one would be too large.
 
     Shards are cut in sorted order of the tensors' names, so that equal tensors give equal files;
     a single tensor larger than `shard_bytes` has a shard of its own.
     """
-
-    def __init__(
-        self, folder: Path, layout: Mapping[str, TensorLayout], shard_bytes: int = SHARD_BYTES
-    ) -> None:
-        self._folder, self._layout = folder, layout
-        shards = _cut(layout, shard_bytes)
-        self._files = {
-            _shard_name(number, len(shards)): TensorFile(
-                folder / _shard_name(number, len(shards)), {name: layout[name] for name in names}
-            )
-            for number, names in enumerate(shards, 1)
+    shards, places = _cut(layout, shard_bytes), dict[str, Place]()
+    for number, names in enumerate(shards, 1):
+        path = folder / _shard_name(number, len(shards))
+        places |= lay_out_file(path, {name: layout[name] for name in names}).places
+    if len(shards) > 1:
+        total = sum(place.nbytes for place in layout.values())
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: place.file for name, place in places.items()},
         }
-        self._places = {
-            name: _shard_name(number, len(shards))
-            for number, names in enumerate(shards, 1)
-            for name in names
-        }
+        text = json.dumps(index, indent=2, sort_keys=True).encode("ascii")
+        write_file(folder / SAFETENSORS.index, text + b"\n")
+    return TensorFiles(folder, places)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Puts one tensor in its place."""
-        self._files[self._places[name]].write(name, tensor)
 
-    def close(self) -> None:
-        """Syncs and closes all files, and writes the index where there are several."""
-        for file in self._files.values():
-            file.close()
-        if len(self._files) > 1:
-            total = sum(place.nbytes for place in self._layout.values())
-            index = {"metadata": {"total_size": total}, "weight_map": self._places}
-            text = json.dumps(index, indent=2, sort_keys=True).encode("ascii")
-            write_file(self._folder / INDEX, text + b"\n")
+def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done : done + 2**30], offset + done)
 
 
 def _cut(layout: Mapping[str, TensorLayout], shard_bytes: int) -> list[list[str]]:
@@ -133,22 +154,24 @@ def _cut(layout: Mapping[str, TensorLayout], shard_bytes: int) -> list[list[str]
 
 
 def _shard_name(number: int, count: int) -> str:
-    return WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+    if count == 1:
+        return SAFETENSORS.weights
+    return f"model-{number:05d}-of-{count:05d}{SAFETENSORS.suffix}"
 
 
-def _lay_out(layout: Mapping[str, TensorLayout]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+def _header(layout: Mapping[str, TensorLayout]) -> tuple[bytes, dict[str, tuple[int, int]]]:
     order = sorted(layout, key=lambda name: (-layout[name].itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    places: dict[str, tuple[int, int]] = {}
+    offsets: dict[str, tuple[int, int]] = {}
     offset = 0
     for name in order:
         end = offset + layout[name].nbytes
-        places[name] = offset, end
+        offsets[name] = offset, end
         header[name] = {
             "dtype": layout[name].dtype,
             "shape": layout[name].shape,
-            "data_offsets": places[name],
+            "data_offsets": offsets[name],
         }
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return text + b" " * (-len(text) % 8), places
+    return text + b" " * (-len(text) % 8), offsets

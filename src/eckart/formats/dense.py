@@ -1,9 +1,9 @@
-"""The dense format: every factored matrix multiplied out under its original name.
+"""The dense format: every factored tensor multiplied out under its original name.
 
 What any loader reads; the way back from format 1.
 """
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
 
 import torch
 from torch import Tensor
@@ -12,27 +12,28 @@ from eckart.certificate import FactoredEntry
 from eckart.checkpoint.header import DTYPES
 from eckart.checkpoint.source import Source
 from eckart.checkpoint.tensor_file import TensorLayout
-from eckart.formats import factored as format1
+from eckart.formats import factored
 
 ROWS = 4096
 
 
-def layout(X: str, entry: FactoredEntry, dtype: str) -> dict[str, TensorLayout]:
-    """Returns the one tensor that stands for module X."""
-    return {f"{X}.weight": TensorLayout.of(dtype, entry.shape)}
+def layout(name: str, entry: FactoredEntry, dtype: str) -> dict[str, TensorLayout]:
+    """Returns the one tensor that stands for the factors."""
+    return {name: TensorLayout.of(dtype, entry.shape)}
 
 
-def encode(source: Source, X: str, entry: FactoredEntry, dtype: str) -> Tensor:
-    """Returns W' = BA (or the pivoted product), multiplied in float64 and rounded once."""
-    product = format1.decode(source, X, entry)
-    m, _ = product.shape
-    blocks = [product.rows(start, start + ROWS).to(DTYPES[dtype]) for start in range(0, m, ROWS)]
-    return torch.cat(blocks)
+def encode(source: Source, name: str, entry: FactoredEntry, dtype: str) -> Iterator[Tensor]:
+    """Yields what is stored of each matrix W' = BA: multiplied in float64 and rounded once."""
+    matrix = factored.matrix_of(entry)
+    for product in factored.products(source, name, entry):
+        m, _ = product.shape
+        rows = [product.rows(start, start + ROWS).to(DTYPES[dtype]) for start in range(0, m, ROWS)]
+        yield matrix.restore(torch.cat(rows))
 
 
 def dense_name(name: str, modules: Container[str]) -> str | None:
     """Returns the original name of a stored tensor, or None for a part of a factored matrix."""
-    for suffix in (".A.weight", ".B.weight", ".K.weight", ".perm", ".weight"):
+    for suffix in (".A.weight", ".B.weight", ".K.weight", ".perm", ".weight", ""):
         if name.endswith(suffix) and name.removesuffix(suffix) in modules:
             return None
     X = name.removesuffix(".B.bias")

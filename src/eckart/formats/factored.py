@@ -1,78 +1,111 @@
 """Format 1: factored matrices beside the untouched tensors, with a guard for each.
 
-`X.weight` becomes `X.A.weight` and `X.B.weight` (pivoted: `X.A.weight`, `X.K.weight`, `X.perm`),
-`X.bias` becomes `X.B.bias` (pivoted: unchanged), and the guard keeps the original name with shape
-[0]: a loader that does not know the format stops there, instead of filling the layer at random.
+The tensor `X.weight` becomes `X.A.weight` and `X.B.weight` (pivoted: `X.A.weight`, `X.K.weight`,
+`X.perm`), `X.bias` becomes `X.B.bias` (pivoted: unchanged), and the guard keeps the original name
+with shape [0]: a loader that does not know the format stops there, instead of filling the layer at
+random. A tensor without `.weight` in its name is its own X.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import msgspec
-import torch
 from torch import Tensor
 
 from eckart.certificate import FactoredEntry
+from eckart.checkpoint.header import DTYPES, TensorInfo
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
 from eckart.checkpoint.tensor_file import TensorLayout
 from eckart.errors import PromiseError
 from eckart.linalg.factors import Factors, PivotedFactors
+from eckart.matrix import Matrix
 
 Product = Factors | PivotedFactors
 
 FORMAT_VERSION = 1
 
+PERM = "perm"
 
-def module_of(matrix: str) -> str:
-    """Returns X of the matrix X.weight."""
-    return matrix.removesuffix(".weight")
+
+def module_of(name: str) -> str:
+    """Returns X of the tensor X.weight, or of X."""
+    return name.removesuffix(".weight")
+
+
+def names(name: str) -> set[str]:
+    """Returns every name that could stand for a factored tensor, or for its bias, in any form."""
+    X, parts = module_of(name), ("A.weight", "B.weight", "K.weight", PERM, "B.bias", "weight")
+    return {X, *(f"{X}.{part}" for part in parts)}
+
+
+def matrix_of(entry: FactoredEntry) -> Matrix:
+    """Returns how the tensor of an entry is read."""
+    return Matrix(entry.shape, entry.orientation)
 
 
 def layout(
-    X: str, entry: FactoredEntry, dtype: str, guard: str | None = None
+    name: str, entry: FactoredEntry, dtype: str, guard: str | None = None
 ) -> dict[str, TensorLayout]:
-    """Returns the tensors that stand for the factored matrix of module X, the guard among them.
+    """Returns the tensors that stand for a factored one, the guard among them.
 
-    Factors have `dtype`; the guard has the matrix's own, `guard`, where that differs.
+    Factors have `dtype`; the guard has the tensor's own, `guard`, where that differs.
     """
-    (m, n), r = entry.shape, entry.rank
+    X, shapes = module_of(name), matrix_of(entry).factors(entry.rank, entry.form)
     tensors = {
-        f"{X}.A.weight": TensorLayout.of(dtype, (r, n)),
-        f"{X}.weight": TensorLayout.of(guard or dtype, (0,)),
+        f"{X}.{part}": TensorLayout.of("I64" if part == PERM else dtype, shape)
+        for part, shape in shapes.items()
     }
-    if entry.form == "ba":
-        tensors[f"{X}.B.weight"] = TensorLayout.of(dtype, (m, r))
-    else:
-        tensors[f"{X}.K.weight"] = TensorLayout.of(dtype, (m - r, r))
-        tensors[f"{X}.perm"] = TensorLayout.of("I64", (m,))
-    return tensors
+    return {name: TensorLayout.of(guard or dtype, (0,)), **tensors}
 
 
-def encode(X: str, product: Product) -> dict[str, Tensor]:
-    """Returns the tensors of `layout`."""
-    guard = torch.empty(0, dtype=product.A.dtype)
-    tensors = {f"{X}.A.weight": product.A, f"{X}.weight": guard}
+def encode(name: str, entry: FactoredEntry, product: Product) -> dict[str, Tensor]:
+    """Returns the tensors of `layout`, without the guard, for one matrix of the tensor."""
+    parts = {"A.weight": product.A}
     if isinstance(product, Factors):
-        return {**tensors, f"{X}.B.weight": product.B}
-    return {**tensors, f"{X}.K.weight": product.K, f"{X}.perm": product.perm}
+        parts["B.weight"] = product.B
+    else:
+        parts |= {"K.weight": product.K, PERM: product.perm}
+    return {f"{module_of(name)}.{part}": tensor for part, tensor in parts.items()}
 
 
-def decode(source: Source, X: str, entry: FactoredEntry) -> Product:
-    """Returns the factors of module X as they are stored; PromiseError where they do not fit."""
-    stored, guard = (source.tensors.get(f"{X}{part}") for part in (".A.weight", ".weight"))
-    dtype = stored.dtype if stored else "F32"
-    for name, expected in layout(X, entry, dtype, guard.dtype if guard else None).items():
-        found = source.tensors.get(name)
-        if found is None or (found.dtype, found.shape) != (expected.dtype, expected.shape):
+def decode(source: Source, name: str, entry: FactoredEntry, index: int = 0) -> Product:
+    """Returns the factors of one matrix as they are stored; see `check` for what may be wrong."""
+    X, matrix = module_of(name), matrix_of(entry)
+
+    def part(end: str) -> Tensor:
+        stop = index + 1 if matrix.is_stack else None
+        stored = source.load(f"{X}.{end}", index, stop)
+        stored = stored[0] if matrix.is_stack else stored
+        return stored if end == PERM else stored.flatten(1)
+
+    if entry.form == "ba":
+        return Factors(part("B.weight"), part("A.weight"))
+    return PivotedFactors(part("A.weight"), part("K.weight"), part(PERM))
+
+
+def products(source: Source, name: str, entry: FactoredEntry) -> Iterator[Product]:
+    """Yields the factors of each matrix of the tensor."""
+    for index in range(matrix_of(entry).count):
+        yield decode(source, name, entry, index)
+
+
+def check(source: Source, name: str, entry: FactoredEntry) -> None:
+    """Raises PromiseError unless the tensors of `layout` are there, in one dtype."""
+    first, guard = source.tensors.get(f"{module_of(name)}.A.weight"), source.tensors.get(name)
+    expected = layout(name, entry, _known(first) or "F32", _known(guard))
+    for stored, place in expected.items():
+        found = source.tensors.get(stored)
+        if found is None or (found.dtype, found.shape) != (place.dtype, place.shape):
             what = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
             raise PromiseError(
-                f"{printable(name)} is {what}, but the certificate says {expected.dtype} "
-                f"{list(expected.shape)}."
+                f"{printable(stored)} is {what}, but the certificate says {place.dtype} "
+                f"{list(place.shape)}."
             )
-    A = source.load(f"{X}.A.weight")
-    if entry.form == "ba":
-        return Factors(source.load(f"{X}.B.weight"), A)
-    return PivotedFactors(A, source.load(f"{X}.K.weight"), source.load(f"{X}.perm"))
+
+
+def _known(info: TensorInfo | None) -> str | None:
+    """A tensor's dtype, if torch has it."""
+    return info.dtype if info and info.dtype in DTYPES else None
 
 
 def stored_name(name: str, factored: Mapping[str, FactoredEntry]) -> str:

@@ -71,7 +71,7 @@ class Spectrum:
                 f"rank {rank} is out of range: {len(self.values)} singular values are known."
             )
         if self.complete:
-            return float(self._tails[rank])
+            return float(self.tails[rank])
         return max(self.energy - float(self._heads[rank]), 0.0)
 
     def relative_error(self, rank: int) -> float:
@@ -123,7 +123,7 @@ class Spectrum:
                 f"an error below {LOST_DIGITS:.0e} is more than a partial spectrum can tell: "
                 "compute all values."
             )
-        enough = (self._tails <= tail).nonzero()
+        enough = (self.tails <= tail).nonzero()
         if len(enough) == 0:
             raise RankError(
                 f"the {len(self.values)} values known do not reach that far: compute more of them."
@@ -135,8 +135,8 @@ class Spectrum:
         return torch.cat([torch.zeros(1, dtype=torch.float64), self.values.square().cumsum(0)])
 
     @cached_property
-    def _tails(self) -> Tensor:
-        """Tail energy at each rank 0 … k. Summed from the small end, where the digits are."""
+    def tails(self) -> Tensor:
+        """The tail energy at each rank 0 … k, summed from the small end, where the digits are."""
         if not self.complete:
             return (self.energy - self._heads).clamp(min=0)
         squares = self.values.square().flip(0).cumsum(0).flip(0)

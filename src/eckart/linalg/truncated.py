@@ -34,6 +34,9 @@ SHARE = 8
 LIMITLESS_STEPS = 4 * MAX_STEPS
 """How long to try where LAPACK cannot follow."""
 
+FALLBACK_ENTRIES = 2**20
+"""1024²: up to here an exact SVD is a matter of a quarter of a second and 70 MB."""
+
 SAFE_EXPONENT = 32
 """Norms between 2⁻³² and 2³² need no scaling: no sum of squares is anywhere near the limits of
 float32, and scaling would copy the matrix."""
@@ -147,6 +150,16 @@ def prefers_exact(
     return k <= SMALL or (rank is not None and SHARE * rank > k)
 
 
+def tries_exact(shape: tuple[int, int], rank: int | None) -> bool:
+    """Returns whether an exact SVD follows where the randomized method did not get there.
+
+    Where a rank is asked not beyond `FALLBACK_ENTRIES`: there it would take up to 17 times the
+    memory of the matrix, and the randomized method goes on instead, for up to 40 steps. A rule on
+    the request only.
+    """
+    return not beyond_lapack(shape) and (rank is None or math.prod(shape) <= FALLBACK_ENTRIES)
+
+
 def beyond_lapack(shape: tuple[int, int]) -> bool:
     """Returns whether min(m, n) ≥ 23 170 or mn > 2³¹ − 1: no LAPACK call on such a matrix."""
     return min(shape) >= exact.LAPACK_ORDER or math.prod(shape) > exact.LAPACK_ENTRIES
@@ -172,11 +185,12 @@ def _randomized(W: Tensor, request: _Request, generator: torch.Generator) -> Tru
         U, Vh = fix_signs(U, Vh)
         s = rescaled(found.s, exponent, request.name)
         return TruncatedSVD(U, s, Vh, math.ldexp(energy, 2 * exponent), "krylov", found.excess)
-    if beyond_lapack((W.shape[0], W.shape[1])):
+    if not tries_exact((W.shape[0], W.shape[1]), request.rank):
         raise FactorizationError(
-            f"{request.name} ({W.shape[0]}×{W.shape[1]}) is beyond LAPACK, and {LIMITLESS_STEPS} "
-            f"steps of the randomized method did not come within {request.accuracy:g} of the "
-            "optimal error: ask for a smaller rank, or a larger accuracy."
+            f"{request.name} ({W.shape[0]}×{W.shape[1]}) is too large for an exact SVD, and "
+            f"{LIMITLESS_STEPS} steps of the randomized method did not come within "
+            f"{request.accuracy:g} of the optimal error: ask for a smaller rank, or a larger "
+            "accuracy."
         )
     svd = exact_svd_checked(W, request.name)
     return _cut(replace(svd, method=f"krylov→{svd.method}"), request)
@@ -184,7 +198,7 @@ def _randomized(W: Tensor, request: _Request, generator: torch.Generator) -> Tru
 
 def _find(W: Tensor, energy: float, request: _Request, generator: torch.Generator) -> Found | None:
     """The randomized method with the limits that the request and the shape set."""
-    k, limitless = min(W.shape), beyond_lapack((W.shape[0], W.shape[1]))
+    k, limitless = min(W.shape), not tries_exact((W.shape[0], W.shape[1]), request.rank)
     steps = LIMITLESS_STEPS if limitless else MAX_STEPS
     rank, allowed = request.rank, request.allowed
     if energy == 0:

@@ -1,0 +1,237 @@
+"""One tensor of the output at a time: copied, factored or multiplied out, into its place.
+
+A unit of work that any process can be handed. What is reported of a tensor is measured from the
+bytes that were written, read back.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eckart.assemble.measurement import bias_of, count, measure, tail
+from eckart.certificate import FactoredEntry, MatrixRecord
+from eckart.checkpoint.header import DTYPES, TensorInfo
+from eckart.checkpoint.paths import printable
+from eckart.checkpoint.source import Checkpoint, Source
+from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout
+from eckart.decompose import Decomposition
+from eckart.decompose.request import FLOPS, threads_for
+from eckart.errors import CheckpointError, NonFiniteError, PromiseError
+from eckart.formats import dense, factored
+from eckart.formats.factored import Product
+from eckart.linalg.arrays import check_finite
+from eckart.linalg.factors import pivot
+from eckart.matrix import FactorForm, Matrix
+
+BYTES_PER_SECOND = 1e9
+WIDE = ("F64", "F32")
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A tensor whose bytes go into the output as they are, under the name `stored`."""
+
+    name: str
+    stored: str
+    nbytes: int
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes."""
+        return 2 * self.nbytes / BYTES_PER_SECOND
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A tensor to be written as factors in `dtype`."""
+
+    name: str
+    entry: FactoredEntry
+    decomposition: Decomposition
+    dtype: str
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes: one product to make the factors, one to measure them."""
+        return _product_seconds(self.entry)
+
+
+@dataclass(frozen=True, slots=True)
+class Multiply:
+    """A factored tensor to be written dense in `dtype`."""
+
+    name: str
+    entry: FactoredEntry
+    dtype: str
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes."""
+        return _product_seconds(self.entry)
+
+
+Order = Copy | Factor | Multiply
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What became of a tensor: the SHA-256 of its bytes in the source, and its figures."""
+
+    name: str
+    source_digest: str | None
+    record: MatrixRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Filler:
+    """Carries out one order."""
+
+    source: Source
+    files: TensorFiles
+    layout: Mapping[str, TensorLayout]
+    seed: int
+    threads: int | None = None
+
+    def __call__(self, order: Order) -> Filled:
+        """Reads, writes, reads back and measures. Peak memory: one matrix, and two copies of it."""
+        if isinstance(order, Copy):
+            return self._copy(order)
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or threads_for(factored.matrix_of(order.entry).shape))
+        try:
+            return self._factor(order) if isinstance(order, Factor) else self._multiply(order)
+        finally:
+            torch.set_num_threads(before)
+
+    def _copy(self, order: Copy) -> Filled:
+        seen, offset = hashlib.sha256(), 0
+        for piece in self.source.chunks(order.name):
+            seen.update(piece.numpy().data)
+            self.files.write(order.stored, piece, offset)
+            offset += len(piece)
+        return Filled(order.name, seen.hexdigest())
+
+    def _factor(self, order: Factor) -> Filled:
+        name, entry, known = order.name, order.entry, order.decomposition
+        matrix, written = factored.matrix_of(entry), self._written(name, entry, order.dtype)
+        seen = hashlib.sha256()
+
+        def pairs() -> Iterator[tuple[Tensor, Product]]:
+            for index in range(matrix.count):
+                stored = self.source.load(name, index, index + 1 if matrix.is_stack else None)
+                seen.update(stored.reshape(-1).view(torch.uint8).numpy().data)
+                W = matrix.read(stored)
+                product = product_of(known, W, entry.rank, entry.form, order.dtype, index)
+                for part, tensor in factored.encode(name, entry, product).items():
+                    if tensor.is_floating_point():
+                        _check_overflow(tensor, part)
+                    self.files.write(part, tensor, index * tensor.numel() * tensor.itemsize)
+                yield W, factored.decode(written, name, entry, index)
+
+        bias = bias_of(self.source, f"{factored.module_of(name)}.bias", matrix)
+        measured = measure(pairs(), bias, seed=self.seed, name=name)
+        if seen.hexdigest() != known.source_digest:
+            raise CheckpointError(
+                f"{printable(name)} in {printable(self.source.path)} is not what it was when it "
+                "was decomposed: the file was changed meanwhile. Start again when it is complete."
+            )
+        info, spectrum = self.source.tensors[name], known.spectrum
+        parameters, sizes = count(info, entry, order.dtype)
+        record = MatrixRecord(
+            name=name,
+            shape=entry.shape,
+            dtype=info.dtype,
+            orientation=entry.orientation,
+            rank=entry.rank,
+            form=entry.form,
+            parameters=parameters,
+            bytes=sizes,
+            relative_error=measured.relative_error,
+            excess_estimate=known.excess_estimate,
+            optimum=spectrum.relative_error(entry.rank) if spectrum.complete else None,
+            output_error=measured.outputs,
+            metric="frobenius",
+            method=known.method,
+            tail=tail(spectrum, entry.rank),
+        )
+        return Filled(name, seen.hexdigest(), record)
+
+    def _multiply(self, order: Multiply) -> Filled:
+        name, entry = order.name, order.entry
+        matrix, offset = factored.matrix_of(entry), 0
+        for stored in dense.encode(self.source, name, entry, order.dtype):
+            self.files.write(name, stored, offset)
+            offset += stored.numel() * stored.itemsize
+        written = self._source({name})
+        pairs = (
+            (matrix.load(written, name, index), factored.decode(self.source, name, entry, index))
+            for index in range(matrix.count)
+        )
+        X = factored.module_of(name)
+        bias = bias_of(self.source, factored.stored_name(f"{X}.bias", {X: entry}), matrix)
+        measured = measure(pairs, bias, seed=self.seed, name=name)
+        held_dtype = self.source.tensors[f"{X}.A.weight"].dtype
+        (full, held), (full_bytes, held_bytes) = count(written.tensors[name], entry, held_dtype)
+        record = MatrixRecord(
+            name=name,
+            shape=entry.shape,
+            dtype=order.dtype,
+            orientation=entry.orientation,
+            rank=entry.rank,
+            form="dense",
+            parameters=(held, full),
+            bytes=(held_bytes, full_bytes),
+            relative_error=measured.relative_error,
+            excess_estimate=0.0,
+            optimum=None,
+            output_error=measured.outputs,
+            metric="frobenius",
+            method="product",
+            tail=[],
+        )
+        return Filled(name, None, record)
+
+    def _written(self, name: str, entry: FactoredEntry, dtype: str) -> Checkpoint:
+        return self._source(factored.layout(name, entry, dtype))
+
+    def _source(self, names: Iterable[str]) -> Checkpoint:
+        """Some of the tensors of the staged files, as they stand there."""
+        tensors: dict[str, TensorInfo] = {}
+        for name in names:
+            place, layout = self.files.places[name], self.layout[name]
+            tensors[name] = TensorInfo(
+                layout.shape, layout.dtype, place.file, place.begin, place.end
+            )
+        return Checkpoint(self.files.folder, tensors)
+
+
+def product_of(  # noqa: PLR0917 one matrix, and how it is to be written
+    decomposition: Decomposition,
+    W: Tensor,
+    rank: int,
+    form: FactorForm,
+    dtype: str,
+    index: int = 0,
+) -> Product:
+    """Returns the factors of one matrix as they are written: rounded to `dtype`."""
+    factors = decomposition.factors(W, rank, index, wide=dtype in WIDE or form == "pivoted")
+    return (pivot(factors) if form == "pivoted" else factors).to(DTYPES[dtype])
+
+
+def _product_seconds(entry: FactoredEntry) -> float:
+    matrix: Matrix = factored.matrix_of(entry)
+    m, n = matrix.shape
+    flops = 8 * m * n * entry.rank * matrix.count
+    return flops / (FLOPS * threads_for(matrix.shape)) + 8 * m * n / BYTES_PER_SECOND
+
+
+def _check_overflow(tensor: Tensor, name: str) -> None:
+    try:
+        check_finite(tensor, name)
+    except NonFiniteError as error:
+        raise PromiseError(
+            f"{error} The factors overflow {tensor.dtype}: add --dtype float32."
+        ) from None

@@ -1,0 +1,105 @@
+"""Choices settled by measurement, before anything is laid out.
+
+Where a policy promises an error, the rank is raised until the factors *as rounded* keep it; where
+forms compete under a budget, the one with the smaller error in the same space is taken.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from eckart.allocate import Budget, Choice, Item, RankPolicy, Terms
+from eckart.assemble.filling import product_of
+from eckart.assemble.measurement import measure_error
+from eckart.checkpoint.source import Source
+from eckart.decompose import Decomposition
+from eckart.decompose.request import FLOPS, threads_for
+from eckart.matrix import FactorForm, Matrix
+
+SLACK = 1e-9
+"""A share of the error asked: float32's own rounding, where the rank just reaches it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unsettled:
+    """A tensor for which a rank was chosen."""
+
+    name: str
+    matrix: Matrix
+    item: Item
+    decomposition: Decomposition
+    dtype: str  # of the factors
+    rank: int
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes."""
+        m, n = self.matrix.shape
+        return 8 * m * n * self.rank * self.matrix.count / (FLOPS * threads_for(self.matrix.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Settler:
+    """Settles one choice: its rank, where the policy promises an error, or its form."""
+
+    source: Source
+    policy: RankPolicy
+    terms: Terms
+    threads: int | None = None
+
+    def __call__(self, case: Unsettled) -> Choice:
+        """Measures the candidates. Cost: a residual each; as a rule one, or two of forms."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or threads_for(case.matrix.shape))
+        try:
+            if isinstance(self.policy, Budget):
+                return self._form(case, self.policy)
+            return self._raised(case, self.policy.allowed or 0.0)
+        finally:
+            torch.set_num_threads(before)
+
+    def _raised(self, case: Unsettled, promised: float) -> Choice:
+        form: FactorForm = "pivoted" if self.terms.form == "pivoted" else "ba"
+        allowed, spectrum = promised * (1 + SLACK), case.decomposition.spectrum
+        largest = min(self.terms.largest(case.item), case.decomposition.rank)
+        rank = case.rank
+        while rank <= largest:
+            error = self._error(case, rank, form)
+            if error <= allowed or not math.isfinite(error):  # an overflow is refused when written
+                return Choice(rank, form=form)
+            rounding = max(error**2 - spectrum.relative_error(rank) ** 2, 0.0)
+            left = math.sqrt(max(allowed**2 - rounding, 0.0))
+            rank = self.terms.aligned(max(rank + 1, spectrum.rank_at_error(left)))
+        return Choice(
+            None,
+            f"dense: rounded to {case.dtype}, no rank that pays (up to {largest} of "
+            f"{min(spectrum.shape)}) is within the error asked; a wider --dtype may be",
+        )
+
+    def _form(self, case: Unsettled, budget: Budget) -> Choice:
+        """Of both forms, each at the largest rank for the same price, the one with less error."""
+        forms: tuple[FactorForm, ...] = ("ba", "pivoted")
+        fitting: dict[FactorForm, int] = {
+            form: min(
+                budget.same_price(case.item, case.rank, self.terms, form),
+                self._kept(case),
+            )
+            for form in forms
+        }
+        errors: dict[FactorForm, float] = {
+            form: self._error(case, rank, form) for form, rank in fitting.items() if rank
+        }
+        form = min(errors, key=errors.__getitem__)  # "ba" of equals: it is the faster one
+        return Choice(fitting[form], form=form)
+
+    def _kept(self, case: Unsettled) -> int:
+        return case.decomposition.rank // self.terms.align * self.terms.align
+
+    def _error(self, case: Unsettled, rank: int, form: FactorForm) -> float:
+        pairs = (
+            (W, product_of(case.decomposition, W, rank, form, case.dtype, index))
+            for index in range(case.matrix.count)
+            for W in [case.matrix.load(self.source, case.name, index)]
+        )
+        return measure_error(pairs, case.name)

@@ -1,0 +1,47 @@
+"""The command line: parse, call `api`, print. torch is imported inside commands only."""
+
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from eckart.cli.commands import app
+from eckart.cli.output import log, say
+from eckart.errors import EckartError
+
+
+def main() -> None:
+    """Runs the command line; every expected failure is one red line and its exit code."""
+    if sys.platform == "win32":
+        print("eckart runs on Linux and macOS; on Windows use WSL.", file=sys.stderr)
+        sys.exit(2)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except EckartError as error:
+        log.print("[bold red]error:[/] ", end="")
+        say(error)
+        _say_notes(error)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, _Terminated) as stop:
+        say("stopped")
+        _say_notes(stop)
+        sys.exit(130 if isinstance(stop, KeyboardInterrupt) else 143)
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+class _Terminated(BaseException):
+    """SIGTERM."""
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    """Leaves through every `finally`, so that nothing half-made stays behind."""
+    raise _Terminated
+
+
+def _say_notes(error: BaseException) -> None:
+    """What the stages have to add: what is kept, and how to go on."""
+    for note in getattr(error, "__notes__", []):
+        say(note)

@@ -1,0 +1,266 @@
+"""The commands: each parses, calls one use case, and prints what it returns."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from eckart import __version__
+from eckart.cli.options import (
+    AllowPickle,
+    Device,
+    Exclude,
+    Force,
+    FormOption,
+    Include,
+    Json,
+    Out,
+    Quiet,
+    Seed,
+    ShardSize,
+    Source,
+    Threads,
+    Workers,
+    byte_count,
+)
+from eckart.cli.output import console, print_json, print_table, say, watching
+from eckart.errors import PromiseError
+
+app = typer.Typer(
+    name="eckart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turns weight matrices into B·A and proves that the result does what it claims.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Turns weight matrices into B·A and proves that the result does what it claims."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path(
+        "eckart-demo"
+    ),
+    force: Force = False,
+) -> None:
+    """The whole story on the embedded model, in under a minute."""
+    from eckart.demonstration.story import tell
+
+    tell(output, Console(highlight=False), force=force)
+
+
+@app.command()
+def inspect(
+    source: Source,
+    base: Annotated[
+        Path | None, typer.Option("--base", metavar="BASE", help="Look at what was added to it.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Every singular value.")] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    threads: Threads = None,
+    allow_pickle: AllowPickle = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Rank, spectrum and verdict of every matrix."""
+    from eckart import api
+    from eckart.screen import inspection_table
+
+    with watching(quiet=quiet or json) as progress:
+        report = api.inspect(
+            source,
+            base=base,
+            full=full,
+            include=include or (),
+            exclude=exclude or (),
+            seed=seed,
+            workers=workers,
+            threads=threads,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
+    if json:
+        print_json(report)
+    elif not quiet:
+        print_table(inspection_table(report, console().width))
+        _say_all(report.remarks)
+
+
+@app.command()
+def compress(
+    source: Source,
+    output: Out,
+    rank: Annotated[int | None, typer.Option(help="The same rank for every matrix.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Fraction of ‖W‖² to keep, each.")] = None,
+    error: Annotated[float | None, typer.Option(help="Largest relative error, each.")] = None,
+    keep: Annotated[float | None, typer.Option(help="Parameters after / before, in all.")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Bytes of the output's tensors: 5GB, …")
+    ] = None,
+    form: Annotated[
+        FormOption, typer.Option(help="How factors are stored; auto: the better, by budget.")
+    ] = FormOption.auto,
+    align: Annotated[int, typer.Option(help="Ranks in multiples of this.")] = 1,
+    include: Include = None,
+    exclude: Exclude = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the factors; default: the matrix's.")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    workers: Workers = None,
+    threads: Threads = None,
+    work: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where decompositions are kept.")
+    ] = None,
+    keep_work: Annotated[
+        bool, typer.Option("--keep-work", help="Keep OUT.eckart-work for another budget.")
+    ] = False,
+    shard_size: ShardSize = "5GB",
+    allow_pickle: AllowPickle = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read headers only.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    force: Force = False,
+) -> None:
+    """Factor every matrix that pays: W → B, A. One of --rank, --energy, --error, --keep, --size."""
+    from eckart import api
+
+    shard_bytes = byte_count(shard_size, "--shard-size")
+    size_bytes = None if size is None else byte_count(size, "--size")
+    policy: dict[str, Any] = {
+        "rank": rank,
+        "energy": energy,
+        "error": error,
+        "keep": keep,
+        "size": size_bytes,
+    }
+    settings: dict[str, Any] = {
+        "form": form.value,
+        "align": align,
+        "include": include or (),
+        "exclude": exclude or (),
+        "dtype": dtype,
+        "device": device,
+        "workers": workers,
+        "threads": threads,
+        "allow_pickle": allow_pickle,
+        "force": force,
+    }
+    if dry_run:
+        plan = api.plan(source, api.policy_of(**policy), out=output, **settings)
+        _show_plan(plan, json=json, quiet=quiet)
+        return
+    with watching(quiet=quiet or json) as progress:
+        certificate = api.compress(
+            source,
+            output,
+            **policy,
+            **settings,
+            seed=seed,
+            shard_bytes=shard_bytes,
+            work=work,
+            keep_work=keep_work,
+            progress=progress,
+        )
+    _show_certificate(certificate, json=json, quiet=quiet)
+    if not quiet and not json:
+        say(f"wrote {output}; prove it: eckart verify {output} --against {source}")
+
+
+@app.command()
+def densify(
+    factored: Annotated[Path, typer.Argument(metavar="FACTORED", help="A factored checkpoint.")],
+    output: Out,
+    shard_size: ShardSize = "5GB",
+    workers: Workers = None,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    force: Force = False,
+) -> None:
+    """Multiply factors out again, into a checkpoint that any loader reads."""
+    from eckart import api
+
+    shard_bytes = byte_count(shard_size, "--shard-size")
+    with watching(quiet=quiet or json) as progress:
+        certificate = api.densify(
+            factored,
+            output,
+            shard_bytes=shard_bytes,
+            workers=workers,
+            threads=threads,
+            force=force,
+            progress=progress,
+        )
+    _show_certificate(certificate, json=json, quiet=quiet)
+    if not quiet and not json:
+        say(f"wrote {output}")
+
+
+@app.command()
+def verify(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that eckart wrote.")],
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="SRC", help="What it was made from.")
+    ] = None,
+    allow_pickle: AllowPickle = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Recompute what the certificate claims, from the files; exit 6 if it does not hold."""
+    from eckart import api
+    from eckart.screen import check_table
+
+    checks = api.verify(output, against, allow_pickle=allow_pickle)
+    failed = [check for check in checks if not check.held]
+    if json:
+        print_json({"held": not failed, "checks": checks})
+    elif not quiet:
+        print_table(check_table(checks))
+        if against is None and not failed:
+            say("the files are as written; add --against SRC to recompute every error too")
+    if failed:
+        raise PromiseError(
+            f"{output} does not hold its promise: {failed[0].name}: {failed[0].detail}."
+        )
+
+
+def _show_plan(plan: Any, *, json: bool, quiet: bool) -> None:
+    from eckart.screen import plan_table
+
+    if json:
+        print_json(plan)
+    elif not quiet:
+        print_table(plan_table(plan))
+        _say_all(plan.remarks)
+
+
+def _show_certificate(certificate: Any, *, json: bool, quiet: bool) -> None:
+    from eckart.screen import certificate_table
+
+    if json:
+        print_json(certificate.document())
+    elif not quiet:
+        print_table(certificate_table(certificate, console().width))
+        _say_all(certificate.remarks)
+
+
+def _say_all(remarks: Sequence[str]) -> None:
+    for remark in remarks:
+        say(remark)

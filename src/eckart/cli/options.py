@@ -1,0 +1,62 @@
+"""The options that commands share, and the sizes that users write."""
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eckart.errors import UsageError
+
+
+class FormOption(StrEnum):
+    """How a factored matrix is stored."""
+
+    auto = "auto"
+    ba = "ba"
+    pivoted = "pivoted"
+
+
+Source = Annotated[
+    Path, typer.Argument(metavar="SRC", help="A checkpoint's folder, or one weight file.")
+]
+Out = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder to write.")]
+Include = Annotated[
+    list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these matrices.")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these matrices.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the document instead of a table.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but errors.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that eckart wrote.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Device = Annotated[str, typer.Option("--device", help="Where to factor: cpu, cuda, cuda:1.")]
+ShardSize = Annotated[
+    str, typer.Option("--shard-size", metavar="BYTES", help="Largest weight file: 5GB, 500MB, …")
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", help="Threads per matrix; default: by its shape.")
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", help="Matrices at a time; default: cores ÷ threads.")
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin too, as tensors only.")
+]
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(k|m|g|t)?(i)?b?", re.IGNORECASE)
+
+
+def byte_count(text: str, option: str) -> int:
+    """Returns the bytes that "5GB", "500MB", "1GiB" or "4096" say."""
+    found = SIZE.fullmatch(text.strip())
+    if not found:
+        raise UsageError(f"{option} {text} is no size: write 5GB, 500MB, 1GiB or a number.")
+    number, unit, binary = found.groups()
+    power = " kmgt".index(unit.lower()) if unit else 0
+    size = int(float(number) * (1024 if binary else 1000) ** power)
+    if size < 1:
+        raise UsageError(f"{option} {text} is out of range: choose 1 byte or more.")
+    return size

@@ -1,0 +1,222 @@
+"""The stages of a compression, one after the other, over one work folder.
+
+Knows the order of things and what stays behind when one of them fails.
+"""
+
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from eckart.allocate import Choice
+from eckart.allocate.budget import NOTHING
+from eckart.assemble.certification import Accounts, certify, versions
+from eckart.assemble.checkpoints import Assembly, factored_assembly
+from eckart.assemble.job import Job
+from eckart.assemble.settling import Settler, Unsettled
+from eckart.assemble.sidecars import write_sidecars
+from eckart.certificate import Certificate, Kind
+from eckart.checkpoint.lock import locked
+from eckart.checkpoint.paths import printable
+from eckart.checkpoint.writer import OutputRun, check_space
+from eckart.decompose import Decomposer
+from eckart.decompose.request import seconds_for, threads_for
+from eckart.decompose.work import PARTS, Work, identity_of, open_work
+from eckart.errors import EckartError, ResourceError, StorageError
+from eckart.execute import Progress, Task, run_local
+from eckart.formats.factored import quantization_config
+from eckart.planning import Targets
+
+WORTH_KEEPING = 10.0
+"""Seconds of decomposing after which the parts outlive an error of the input."""
+
+CLOSE = 0.995
+"""A result this near to the budget needs no explanation."""
+
+
+def check_room(targets: Targets, out: Path, work: Path | None) -> None:
+    """Raises StorageError unless the parts and the output have room, each where it will be."""
+    output = targets.output_bytes
+    parts = targets.work_bytes
+    if work is None:
+        check_space(out, output + parts, "the run")
+    else:
+        check_space(work, parts, "the work folder")
+        check_space(out, output, "the output")
+
+
+@contextmanager
+def work_folder(run: OutputRun, named: Path | None, job: Job, targets: Targets) -> Generator[Work]:
+    """Yields the open work: in the run's own folder, or in the named one under its own lock.
+
+    When the run fails it decides what stays: whatever took long, so that it can go on.
+    """
+    identity = identity_of(
+        job.source,
+        seed=job.seed,
+        threads=job.threads,
+        device=str(job.options["device"]),
+        versions=versions(),
+    )
+    folder, began = named or run.folder, time.monotonic()
+    with locked(named) if named else nullcontext():
+        run.keep = (run.folder / PARTS).exists()  # of an earlier run: not ours to throw away
+        work = open_work(folder, job.source, identity, targets.requests)
+        try:
+            yield work
+        except BaseException as error:
+            lasting = not isinstance(error, EckartError) or isinstance(
+                error, (StorageError, ResourceError)
+            )
+            long = time.monotonic() - began > WORTH_KEEPING
+            run.keep = run.keep or (bool(work.done) and named is None and (lasting or long))
+            if work.done and (run.keep or named):
+                error.add_note(
+                    f"{len(work.done)} of {len(targets.requests)} matrices are done and kept in "
+                    f"{printable(folder)}: run the same command again to go on, or delete it."
+                )
+            raise
+
+
+def decompose_all(work: Work, targets: Targets, job: Job, watch: Progress) -> None:
+    """Decomposes what no kept part serves; every result is in the journal when it is counted."""
+    missing = work.missing(targets.requests)
+    _say_what_is_kept(work, [*missing], len(targets.requests), watch)
+    unit = Decomposer(job.source, work.digest, job.seed, str(job.options["device"]), job.threads)
+    parts, tasks = work.parts(missing), list[Task]()
+    for name, request in missing.items():
+        matrix = targets.matrices[name]
+        threads = job.threads or threads_for(matrix.shape)
+        arguments = (name, matrix, request, parts[name])
+        tasks.append(Task(name, arguments, seconds_for(matrix, request, threads)))
+    for _, result in mapped(unit, tasks, job.workers, watch, "decomposing"):
+        work.record(result)
+    job.source.check_unchanged()
+
+
+def choose(work: Work, targets: Targets, job: Job, watch: Progress) -> dict[str, Choice]:
+    """Returns the policy's ranks, and what measurement makes of them where it has a say."""
+    failed = {
+        name: Choice(None, f"dense: {work.failed[name].reason}")
+        for name in targets.requests
+        if name in work.failed
+    }
+    spectra = {name: work.done[name].spectrum for name in targets.requests if name not in failed}
+    policy, terms = targets.policy, targets.terms
+    chosen = policy.choose(targets.items, spectra, terms)
+    cases = {
+        name: Unsettled(
+            name,
+            targets.matrices[name],
+            targets.items[name],
+            work.done[name],
+            targets.factor_dtype(name),
+            choice.rank,
+        )
+        for name, choice in chosen.items()
+        if choice.rank is not None
+    }
+    if policy.allowed is not None or terms.form == "auto":
+        settler = Settler(job.source, policy, terms, job.threads)
+        tasks = [Task(name, (case,), case.seconds) for name, case in cases.items()]
+        chosen |= dict(mapped(settler, tasks, job.workers, watch, "measuring"))
+    return {**targets.refused, **failed, **chosen}
+
+
+def write_factored(
+    work: Work, choices: Mapping[str, Choice], targets: Targets, job: Job, watch: Progress
+) -> Certificate:
+    """Lays the files out, fills them, measures what was written, and certifies it."""
+    assembly = factored_assembly(
+        job.source,
+        targets.matrices,
+        choices,
+        work.done,
+        left_out=targets.tied.keys(),
+        dtype=targets.dtype,
+    )
+    dense = {name: choice.reason for name, choice in choices.items() if choice.rank is None}
+    accounts = Accounts(
+        assembly.entries,
+        {**targets.copied, **dense},
+        choices.keys(),
+        targets.tied,
+        (*targets.remarks, *_shortfall(assembly, choices, targets, work)),
+    )
+    config: dict[str, object] = {"quantization_config": quantization_config(assembly.entries)}
+    return write_assembly(assembly, "factored", accounts, config, job, watch)
+
+
+def write_assembly(  # noqa: PLR0917 an output, and what is said of it
+    assembly: Assembly,
+    kind: Kind,
+    accounts: Accounts,
+    config: dict[str, object],
+    job: Job,
+    watch: Progress,
+) -> Certificate:
+    """Fills the staged folder as planned, in any order, and writes the certificate over it."""
+    filler, files = assembly.begin(job)
+    tasks = [Task(name, (order,), order.seconds) for name, order in assembly.orders.items()]
+    filled = [one for _, one in mapped(filler, tasks, job.workers, watch, "writing")]
+    files.sync()
+    write_sidecars(job, config)
+    job.source.check_unchanged()
+    return certify(job, kind, accounts, filled)
+
+
+def mapped(
+    unit: Callable[..., Any], tasks: Sequence[Task], workers: int, watch: Progress, title: str
+) -> Iterator[tuple[str, Any]]:
+    """Yields each task's name and result, as they are done, and tells who watches."""
+    watch.stage(title, sum(task.seconds for task in tasks))
+    for task, result in run_local(unit, tasks, workers=workers):
+        watch.advance(task.seconds)
+        yield task.name, result
+
+
+def _say_what_is_kept(work: Work, missing: Sequence[str], count: int, watch: Progress) -> None:
+    if work.damaged:
+        watch.note(f"{len(work.damaged)} kept parts are damaged, and are made again")
+    if again := sum(name in work.done for name in missing):
+        watch.note(f"{again} matrices were kept up to a smaller rank, and are made again")
+    if kept := count - len(missing):
+        watch.note(f"{kept} of {count} matrices are done already")
+
+
+def _shortfall(
+    assembly: Assembly, choices: Mapping[str, Choice], targets: Targets, work: Work
+) -> list[str]:
+    """Why a budget is not used up, where it is not."""
+    spent, asked = _spent(assembly, choices, targets)
+    if not targets.policy.is_budget or spent >= CLOSE * asked:
+        return []
+    exact = all(
+        choice.rank is None
+        or work.done[name].spectrum.tail_energy(choice.rank)
+        <= NOTHING * work.done[name].spectrum.energy
+        for name, choice in choices.items()
+    )
+    why = (
+        "every matrix is exact to rounding, and more would gain nothing"
+        if exact
+        else "the next rank of any matrix would exceed it"
+    )
+    return [f"{spent / asked:.1%} of the budget is used: {why}."]
+
+
+def _spent(
+    assembly: Assembly, choices: Mapping[str, Choice], targets: Targets
+) -> tuple[float, float]:
+    """What the output takes of the budget, and the budget, in its unit."""
+    if targets.policy.name == "size":
+        return assembly.bytes, targets.policy.value
+    parts = [
+        item.dense_parameters
+        if (choice := choices[name]).rank is None
+        else item.parameters(choice.rank, choice.form)
+        for name, item in targets.items.items()
+    ]
+    total = sum(item.dense_parameters for item in targets.items.values())
+    return sum(parts), targets.policy.value * total

@@ -1,0 +1,105 @@
+"""The unit of work: one tensor's matrices from the source, decomposed, onto disk as a part.
+
+A value that any process can be handed: it knows the source and the settings, and nothing of who
+calls it.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eckart.checkpoint.source import Source
+from eckart.decompose.part import About, Decomposition, write_part
+from eckart.decompose.request import Request, threads_for
+from eckart.errors import FactorizationError
+from eckart.linalg.arrays import as_matrix, working_dtype
+from eckart.linalg.exact import exact_svd
+from eckart.linalg.matrices import named_generator
+from eckart.linalg.truncated import truncated_svd
+from eckart.matrix import Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A tensor that no method could factor, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """One matrix: all known values, the leading vectors of its short side as rows."""
+
+    values: Tensor
+    vectors: Tensor
+    energy: float
+    method: str
+    excess: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decomposer:
+    """Decomposes the matrices of one tensor, and writes them as a part."""
+
+    source: Source
+    identity: str
+    seed: int
+    device: str = "cpu"
+    threads: int | None = None  # None: by shape
+
+    def __call__(
+        self, name: str, matrix: Matrix, request: Request, part: Path
+    ) -> Decomposition | Failure:
+        """Reads, decomposes, writes. Peak memory: one matrix and its SVD."""
+        threads = self.threads or threads_for(matrix.shape)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return self._decompose(name, matrix, request, part)
+        finally:
+            torch.set_num_threads(before)
+
+    def _decompose(
+        self, name: str, matrix: Matrix, request: Request, part: Path
+    ) -> Decomposition | Failure:
+        seen = hashlib.sha256()
+        found: list[_Found] = []
+        for index in range(matrix.count):
+            stored = self.source.load(name, index, index + 1 if matrix.is_stack else None)
+            seen.update(stored.reshape(-1).view(torch.uint8).numpy().data)
+            label = f"{name}[{index}]" if matrix.is_stack else name
+            try:
+                found.append(self._find(matrix.read(stored), request, label))
+            except FactorizationError as error:
+                return Failure(name, str(error))
+        about = About(
+            name=name,
+            identity=self.identity,
+            source=seen.hexdigest(),
+            shape=matrix.shape,
+            rank=len(found[0].vectors),
+            energy=sum(one.energy for one in found),
+            method="+".join(sorted({one.method for one in found})),
+            excess_estimate=max(one.excess for one in found),
+            values="",
+            vectors="",
+        )
+        values, vectors = [one.values for one in found], [one.vectors for one in found]
+        return write_part(part, about, values, vectors)
+
+    def _find(self, W: Tensor, request: Request, label: str) -> _Found:
+        """The SVD that was asked for, of one matrix."""
+        W = as_matrix(W, label).to(self.device)
+        if request.all_values:
+            svd = exact_svd(W, label).truncate(request.rank)
+        else:
+            generator = named_generator(self.seed, label, W.device)
+            svd = truncated_svd(W, rank=request.rank, generator=generator, name=label)
+        vectors = svd.U.mT if W.shape[0] <= W.shape[1] else svd.Vh
+        values = svd.s if svd.values is None else svd.values
+        kept = vectors.to("cpu", working_dtype(W.dtype))
+        return _Found(values.cpu().double(), kept, svd.energy, svd.method, svd.excess_estimate)

@@ -1,0 +1,9 @@
+"""The unit of work mapped over tasks: here, or in worker processes. Knows no unit by name."""
+
+from eckart.execute.local import Task as Task
+from eckart.execute.local import run_local as run_local
+from eckart.execute.machine import cores as cores
+from eckart.execute.machine import free_in_process as free_in_process
+from eckart.execute.machine import free_memory as free_memory
+from eckart.execute.progress import Progress as Progress
+from eckart.execute.progress import Silent as Silent

@@ -1,0 +1,68 @@
+"""What this machine offers: cores and memory."""
+
+import os
+import resource
+from pathlib import Path
+
+CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+"""Limit and use of the container, in version 2 and 1 of cgroups."""
+
+
+def cores() -> int:
+    """Returns how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux: less than all of them in a container
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def free_memory() -> int:
+    """Returns the bytes that all processes of a run may take together, about."""
+    return min([_available(), *(_left(limit, used) for limit, used in CGROUPS)])
+
+
+def free_in_process() -> int:
+    """Returns the bytes that one process may take: RLIMIT_DATA and RLIMIT_AS, less what it has."""
+    soft = {
+        kind: resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS)
+    }
+    taken = {
+        resource.RLIMIT_DATA: _status("VmData"),
+        resource.RLIMIT_AS: _status("VmSize"),
+    }
+    limits = [soft[kind] - taken[kind] for kind in soft if soft[kind] != resource.RLIM_INFINITY]
+    return max(min(limits, default=2**62), 0)
+
+
+def _available() -> int:
+    """Linux: what the kernel could give without swapping; elsewhere all of the memory."""
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _left(limit: str, used: str) -> int:
+    try:
+        return int(Path(limit).read_text()) - int(Path(used).read_text())
+    except (OSError, ValueError):  # none, or "max"
+        return 2**62
+
+
+def _status(key: str) -> int:
+    for line in _lines(Path("/proc/self/status")):
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

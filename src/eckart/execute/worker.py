@@ -1,0 +1,56 @@
+"""What a worker process does: call the unit on what it is sent, until there is no more."""
+
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from threading import Thread
+from traceback import format_exc
+from typing import Any
+
+from eckart.errors import EckartError
+
+
+def serve(pipe: Connection, unit: Callable[..., Any]) -> None:
+    """Answers arguments with (result, None) or (None, exception), until the pipe is closed.
+
+    An interrupt at the terminal is the parent's business: it ends its workers itself. If the
+    parent dies, so does the worker, even in the middle of a long LAPACK call.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    Thread(target=_follow_parent, daemon=True).start()
+    while True:
+        try:
+            arguments = receive(pipe)
+        except EOFError:
+            return
+        try:
+            answer = unit(*arguments), None
+        except Exception as error:  # noqa: BLE001 it is raised again, in the parent
+            if not isinstance(error, EckartError):
+                error.add_note(f"In a worker process:\n{format_exc()}")
+            answer = None, error
+        send(pipe, answer)
+
+
+def send(pipe: Connection, value: object) -> None:
+    """Sends a value by plain pickle.
+
+    multiprocessing's own way would hand tensors over in shared memory, a file descriptor each.
+    """
+    pipe.send_bytes(pickle.dumps(value))
+
+
+def receive(pipe: Connection) -> Any:
+    """Returns what `send` sent."""
+    return pickle.loads(pipe.recv_bytes())  # noqa: S301 from our own process, through our own pipe
+
+
+def _follow_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,249 @@
+"""What a request means for a source: targets, ranks at most, and what the run will take.
+
+Everything that headers and options can refuse is refused here, before a weight is read.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from eckart.allocate import POLICIES, Choice, Form, Item, RankPolicy, Terms
+from eckart.assemble.checkpoints import check_names
+from eckart.assemble.measurement import item_of
+from eckart.assemble.sidecars import check_config
+from eckart.certificate import read_certificate
+from eckart.checkpoint.header import DTYPES
+from eckart.checkpoint.opening import open_source
+from eckart.checkpoint.paths import printable
+from eckart.checkpoint.source import Source
+from eckart.checkpoint.writer import CERTIFICATE
+from eckart.decompose import Request
+from eckart.decompose.request import part_bytes, peak_bytes, threads_for
+from eckart.errors import CheckpointError, InputError, ResourceError, UsageError
+from eckart.execute import cores, free_in_process, free_memory
+from eckart.families import FLOATING, is_routed_expert, matrices
+from eckart.matrix import Matrix
+
+TIED = "tied to "
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The matrices of a source, as a policy and its terms see them."""
+
+    source: Source
+    policy: RankPolicy
+    terms: Terms
+    dtype: str | None  # of the factors, as safetensors spells it; None: the tensor's own
+    matrices: Mapping[str, Matrix]
+    items: Mapping[str, Item]
+    copied: Mapping[str, str]  # every other tensor, and why
+    tied: Mapping[str, str]
+
+    @property
+    def requests(self) -> dict[str, Request]:
+        """How far each matrix is to be decomposed; the others are refused."""
+        limits = {name: self.policy.limit(item, self.terms) for name, item in self.items.items()}
+        return {
+            name: Request(limit, all_values=self.policy.name != "rank")
+            for name, limit in limits.items()
+            if limit > 0
+        }
+
+    @property
+    def refused(self) -> dict[str, Choice]:
+        """The matrices for which no rank is wanted, and why."""
+        return {
+            name: Choice(None, self.policy.refusal(item, self.terms))
+            for name, item in self.items.items()
+            if self.policy.limit(item, self.terms) == 0
+        }
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader of the plan, or of the result, should know."""
+        return expert_remarks(self.matrices)
+
+    def factor_dtype(self, name: str) -> str:
+        """Returns the dtype that a tensor's factors will have."""
+        return self.dtype or self.source.tensors[name].dtype
+
+    @property
+    def output_bytes(self) -> int:
+        """The most that the tensors of the output take."""
+        factors = {
+            name: item.bytes(limit, "ba" if self.terms.form == "ba" else "pivoted")
+            for name, item in self.items.items()
+            if (limit := self.policy.limit(item, self.terms))
+        }
+        return self.terms.rest_bytes + sum(
+            max(item.dense_bytes, factors.get(name, 0)) for name, item in self.items.items()
+        )
+
+    @property
+    def work_bytes(self) -> int:
+        """The most that the parts of all matrices take."""
+        return sum(
+            part_bytes(self.matrices[name], request, self.items[name].dense_itemsize)
+            for name, request in self.requests.items()
+        )
+
+
+def policy_of(**given: float | None) -> RankPolicy:
+    """Returns the one policy that was asked for; UsageError unless it is exactly one.
+
+    `rank`, `energy`, `error`, `keep` or `size`.
+    """
+    asked = {name: value for name, value in given.items() if value is not None}
+    if len(asked) != 1:
+        names = [f"--{name}" for name in POLICIES]
+        got = " and ".join(f"--{name}" for name in asked) or "none"
+        raise UsageError(
+            f"exactly one of {', '.join(names[:-1])} and {names[-1]} chooses the ranks; got {got}."
+        )
+    ((name, value),) = asked.items()
+    return POLICIES[name](value)
+
+
+def find_targets(
+    path: Path,
+    policy: RankPolicy,
+    *,
+    form: Form,
+    align: int,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    dtype: str | None,
+    allow_pickle: bool,
+) -> Targets:
+    """Returns the targets of a request; raises whatever headers and options can show is wrong."""
+    if align < 1:
+        raise UsageError(f"--align {align} is out of range: choose a whole number from 1.")
+    stored, source = stored_dtype(dtype), open_dense(path, allow_pickle=allow_pickle)
+    check_config(source)
+    found, reasons = matrices(source, include=include, exclude=exclude)
+    if not found:
+        some = "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:3])
+        raise InputError(f"there is no matrix to factor in {printable(source.path)} ({some}).")
+    tied = {name: why.removeprefix(TIED) for name, why in reasons.items() if why.startswith(TIED)}
+    copied = {name: why for name, why in reasons.items() if name not in tied}
+    check_names(source, found)
+    items = {
+        name: item_of(source.tensors[name], matrix, stored or source.tensors[name].dtype)
+        for name, matrix in found.items()
+    }
+    settled: Form = "ba" if form == "auto" and not policy.is_budget else form
+    rest = sum(source.tensors[name].nbytes for name in copied)
+    targets = Targets(
+        source, policy, Terms(settled, align, rest), stored, found, items, copied, tied
+    )
+    policy.check(items, targets.terms)
+    return targets
+
+
+def resources_for(targets: Targets, *, workers: int | None, threads: int | None) -> int:
+    """Returns how many workers run, so that each has its threads and, on its worst rung, memory.
+
+    Raises ResourceError, with the numbers, where a matrix cannot fit.
+    """
+    peaks = {
+        name: peak_bytes(targets.matrices[name], request, targets.items[name].dense_itemsize)
+        for name, request in targets.requests.items()
+    }
+    name = max(peaks, key=lambda name: peaks[name], default=None)
+    shapes = [targets.matrices[name].shape for name in peaks]
+    chosen = workers_for(shapes, workers, threads)
+    if name is None:
+        return chosen
+    peak, together, alone = peaks[name], free_memory(), free_in_process()
+    if peak > min(together, alone):
+        raise ResourceError(
+            f"{printable(name)} ({'×'.join(map(str, targets.matrices[name].stored))}) may need "
+            f"{peak:,} bytes of memory to be decomposed, and {min(together, alone):,} are free: "
+            "leave it out with --exclude, or take a machine with more."
+        )
+    fitting = together // peak
+    if workers is not None and workers > fitting:
+        raise ResourceError(
+            f"{workers} workers may need {workers} × {peak:,} bytes of memory, and {together:,} "
+            f"are free: use --workers {fitting}."
+        )
+    return min(chosen, fitting)
+
+
+def workers_for(shapes: Sequence[tuple[int, ...]], workers: int | None, threads: int | None) -> int:
+    """Returns the workers asked for, or as many as have their threads on this machine."""
+    for option, number in (("--workers", workers), ("--threads", threads)):
+        if number is not None and number < 1:
+            raise UsageError(f"{option} {number} is out of range: choose a whole number from 1.")
+    most = max((threads_for(Matrix(shape).shape) for shape in shapes), default=1)
+    return workers or max(cores() // (threads or most), 1)
+
+
+def open_dense(path: Path, *, allow_pickle: bool = False) -> Source:
+    """Returns a source that can be factored: not factored already, and not empty."""
+    if (path / CERTIFICATE).exists() and read_certificate(path).kind == "factored":
+        raise CheckpointError(
+            f"{printable(path)} is factored already: give its source, or densify it first."
+        )
+    source = open_source(path, allow_pickle=allow_pickle)
+    if not source.tensors:
+        raise CheckpointError(f"{printable(path)} holds no tensors at all.")
+    return source
+
+
+def with_base(
+    found: Mapping[str, Matrix], reasons: Mapping[str, str], source: Source, base: Source
+) -> tuple[dict[str, Matrix], dict[str, str]]:
+    """Returns the matrices that a base has too, and why the others are not compared.
+
+    InputError where they have none in common: it is not this model's base.
+    """
+    unlike: dict[str, str] = {}
+    for name, matrix in found.items():
+        theirs = base.tensors.get(name)
+        if theirs is None:
+            unlike[name] = "not in the base"
+        elif theirs.shape != matrix.stored or theirs.dtype not in FLOATING:
+            unlike[name] = f"{theirs.dtype} {list(theirs.shape)} in the base"
+    if len(unlike) == len(found):
+        raise InputError(
+            f"no matrix of {printable(source.path)} stands in {printable(base.path)} with the same "
+            "name and shape: it is not its base."
+        )
+    kept = {name: matrix for name, matrix in found.items() if name not in unlike}
+    return kept, {**reasons, **unlike}
+
+
+def stored_dtype(dtype: str | None) -> str | None:
+    """Returns safetensors' name of the dtype that the user named."""
+    if dtype is None:
+        return None
+    names = {str(DTYPES[name]).removeprefix("torch."): name for name in FLOATING}
+    if dtype not in names:
+        raise UsageError(f"--dtype {dtype} is unknown: choose {', '.join(names)}.")
+    return names[dtype]
+
+
+def check_device(device: str) -> None:
+    """Raises UsageError unless torch can compute on the device here."""
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device} is not supported: choose cpu or cuda.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UsageError(f"--device {device} is not to be had here: {reason}.") from None
+
+
+def expert_remarks(names: Mapping[str, Matrix]) -> list[str]:
+    """Returns what should be known of the experts of a mixture, if there are any."""
+    count = sum(is_routed_expert(name) for name in names)
+    if not count:
+        return []
+    return [
+        f"{count} of the matrices are routed experts: loaders rebuild them dense, so factoring "
+        "them makes the files smaller, not the model in memory."
+    ]
