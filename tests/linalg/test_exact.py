@@ -215,16 +215,6 @@ def test_truncate_keeps_leading_triplets_and_all_values(rank):
     assert cut.energy == pytest.approx(14.0)
 
 
-def test_scaling_by_powers_of_two_is_exact():
-    """W·2⁻ᵉ has its largest entry in [½, 1), and multiplying back gives the same bits."""
-    for factor in (1.0, 0.5, 3e38, 1e-30, 1e-42, 1.4e-45):
-        W = torch.tensor([[factor, -factor / 4], [0.0, factor / 2]])
-        scaled, exponent = exact.power_of_two_scaled(W)
-
-        assert 0.5 <= float(scaled.abs().max()) < 1
-        assert torch.equal(exact.unscaled(scaled, exponent), W)
-
-
 @pytest.mark.parametrize("shape", [(0, 0), (0, 1), (0, 3), (1, 0), (2, 0), (3, 0)])
 def test_empty_matrix_is_refused(shape):
     """The empty sizes of svd.in are an error that names the matrix."""

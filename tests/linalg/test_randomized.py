@@ -13,13 +13,8 @@ import torch
 from eckart.linalg import randomized
 from eckart.linalg.krylov import GolubKahan, Progress, product
 from eckart.linalg.matrices import matrix_with_spectrum, random_low_rank
-from eckart.linalg.randomized import (
-    at_error,
-    at_rank,
-    block_width,
-    residual_energy,
-    sum_of_squares,
-)
+from eckart.linalg.norms import energy
+from eckart.linalg.randomized import at_error, at_rank, block_width, residual_energy
 
 i = torch.arange(1, 121, dtype=torch.float64)
 
@@ -45,7 +40,7 @@ def _seeded(seed=0):
 
 def _run(W, rank, accuracy=1e-3, seed=0, steps=randomized.MAX_STEPS):
     return at_rank(
-        W, rank, energy=sum_of_squares(W), accuracy=accuracy, generator=_seeded(seed), steps=steps
+        W, rank, energy=energy(W), accuracy=accuracy, generator=_seeded(seed), steps=steps
     )
 
 
@@ -157,7 +152,7 @@ def test_transpose_gives_the_same_error():
 def test_many_steps_stay_finite():
     """Forty steps on a matrix of large entries lose nothing to overflow (scikit-learn's case)."""
     W = 1e6 * torch.rand(100, 80, generator=_seeded(5))
-    space = GolubKahan(W, torch.randn(80, 16, generator=_seeded(6)), sum_of_squares(W))
+    space = GolubKahan(W, torch.randn(80, 16, generator=_seeded(6)), energy(W))
     for _ in range(80):
         if not space.exhausted or space.products == 0:
             space.advance()
@@ -256,7 +251,7 @@ def test_smallest_rank_for_an_error(spectrum, share):
 def test_rank_that_grows_past_the_limit_gives_none():
     """Where the error needs a larger rank than is worth it, the attempt ends."""
     W = torch.randn(150, 120, dtype=torch.float64, generator=_seeded(10))
-    total = sum_of_squares(W)
+    total = energy(W)
 
     assert (
         at_error(W, 0.01 * total, energy=total, accuracy=1e-3, generator=_seeded(), largest=20)
@@ -267,7 +262,7 @@ def test_rank_that_grows_past_the_limit_gives_none():
 def test_error_below_the_matrix_s_own_rounding_gives_none():
     """A float32 matrix of rank 4 cannot be met to 10⁻⁹: the attempt says so and ends."""
     W = random_low_rank(150, 120, 4)
-    total = sum_of_squares(W)
+    total = energy(W)
     found = at_error(
         W, 1e-18 * total, energy=total, accuracy=1e-3, generator=_seeded(), largest=120
     )
@@ -375,16 +370,6 @@ def test_block_width(rank, width):
     """The rank and a few columns more, in multiples of 16, and never more than W has."""
     assert block_width(rank, (4096, 4096)) == width
     assert block_width(rank, (4096, 12)) == min(width, 12)
-
-
-@pytest.mark.parametrize("value", [0.1, 1.0, 3.3e-3])
-def test_sum_of_squares_keeps_its_digits(value):
-    """Equal entries, whose rounding all goes one way: still within ε, on any length."""
-    for shape in ((1, 1), (3, 43), (1000, 129), (1, 200_000)):
-        W = torch.full(shape, value)
-        exact = float(W.double().square().sum())
-
-        assert sum_of_squares(W) == pytest.approx(exact, rel=2e-7)
 
 
 def test_residual_energy_is_the_residual():

@@ -3,7 +3,6 @@
 Knows tensors and LAPACK; must not know files. The truncated one is in `truncated`.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from eckart.errors import FactorizationError, NonFiniteError
 from eckart.linalg.arrays import Array, as_matrix, working_dtype
+from eckart.linalg.norms import energy, power_of_two_scaled, unscaled
 from eckart.linalg.spectrum import Spectrum
 
 LAPACK_FAILURES = (torch.linalg.LinAlgError, np.linalg.LinAlgError)  # pyright: ignore[reportPrivateImportUsage]  # documented, not re-exported
@@ -141,25 +141,6 @@ def singular_values(W: Array, name: str = "matrix") -> Float[Tensor, " k"]:
     raise FactorizationError(
         f"no singular values of {name} passed the check ({'; '.join(reasons)})."
     )
-
-
-def energy(W: Tensor) -> float:
-    """Returns ‖W‖_F², summed in float64; Inf where even that overflows."""
-    norm = float(torch.linalg.vector_norm(W, dtype=torch.float64))
-    return norm * norm  # norm**2 would raise OverflowError
-
-
-def power_of_two_scaled(W: Tensor) -> tuple[Tensor, int]:
-    """Returns W·2⁻ᵉ with its largest entry in [½, 1), and e. Exact, short of underflow."""
-    low, high = torch.aminmax(W)
-    _, exponent = math.frexp(max(-float(low), float(high)))
-    return unscaled(W, -exponent), exponent
-
-
-def unscaled(tensor: Tensor, exponent: int) -> Tensor:
-    """Returns tensor·2ᵉ, in two steps: 2¹⁴⁰ alone is no float32."""
-    half = exponent // 2
-    return tensor * 2.0**half * 2.0 ** (exponent - half) if exponent else tensor
 
 
 def rescaled(s: Tensor, exponent: int, name: str) -> Tensor:

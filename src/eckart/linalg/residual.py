@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eckart.linalg.arrays import Array, as_matrix
-from eckart.linalg.exact import unscaled
+from eckart.linalg.norms import unscaled
 
 ROW_BLOCK_ENTRIES = 2**22
 """Rows are compared in blocks of about this many float64 entries (32 MiB)."""

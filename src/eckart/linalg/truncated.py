@@ -12,16 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eckart.errors import FactorizationError, UsageError
-from eckart.linalg import exact
+from eckart.linalg import exact, norms
 from eckart.linalg.arrays import Array, as_matrix, check_rank, working_dtype
-from eckart.linalg.exact import (
-    TruncatedSVD,
-    exact_svd_checked,
-    fix_signs,
-    power_of_two_scaled,
-    rescaled,
-)
-from eckart.linalg.randomized import MAX_STEPS, Found, at_error, at_rank, block_norms
+from eckart.linalg.exact import TruncatedSVD, exact_svd_checked, fix_signs, rescaled
+from eckart.linalg.randomized import MAX_STEPS, Found, at_error, at_rank
 
 Method: TypeAlias = Literal["auto", "exact", "randomized"]
 
@@ -227,9 +221,8 @@ def _find(W: Tensor, energy: float, request: _Request, generator: torch.Generato
 
 def _scaled(W: Float[Tensor, "m n"]) -> tuple[Float[Tensor, "m n"], int, float]:
     """W·2⁻ᵉ, e and ‖W·2⁻ᵉ‖_F²: W itself and e = 0 unless its norms are extreme."""
-    norms = block_norms(W)
-    exponent, largest = 0, float(norms.max())
-    if not 2.0**-SAFE_EXPONENT < largest < 2.0**SAFE_EXPONENT:
-        W, exponent = power_of_two_scaled(W)
-        norms = block_norms(W)
-    return W, exponent, float(norms.double().square().sum())
+    exponent, energy = 0, norms.energy(W)
+    if not 4.0**-SAFE_EXPONENT < energy < 4.0**SAFE_EXPONENT:
+        W, exponent = norms.power_of_two_scaled(W)
+        energy = norms.energy(W)
+    return W, exponent, energy
