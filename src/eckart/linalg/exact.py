@@ -124,9 +124,15 @@ def singular_values(W: Array, name: str = "matrix") -> Float[Tensor, " k"]:
     Cost: about a third of `exact_svd`.
     """
     W = as_matrix(W, name)
-    scaled, exponent = power_of_two_scaled(W.to(working_dtype(W.dtype)))
+    return singular_values_checked(W.to(working_dtype(W.dtype)), name)[0]
+
+
+def singular_values_checked(W: Tensor, name: str) -> tuple[Float[Tensor, " k"], str]:
+    """`singular_values` of a finite matrix in its working dtype, and the rung that gave them."""
     if min(W.shape) >= LAPACK_ORDER or W.numel() > LAPACK_ENTRIES:
-        return exact_svd_checked(W.to(working_dtype(W.dtype)), name).s
+        svd = exact_svd_checked(W, name)
+        return svd.s, svd.method
+    scaled, exponent = power_of_two_scaled(W)
     reasons: list[str] = []
     for rung in _value_rungs(scaled):
         try:
@@ -136,7 +142,7 @@ def singular_values(W: Array, name: str = "matrix") -> Float[Tensor, " k"]:
             continue
         fault = _value_fault(scaled, s)
         if fault is None:
-            return rescaled(s.to(scaled.dtype), exponent, name)
+            return rescaled(s.to(scaled.dtype), exponent, name), rung.method
         reasons.append(f"{rung.method}: {fault}")
     raise FactorizationError(
         f"no singular values of {name} passed the check ({'; '.join(reasons)})."
@@ -258,6 +264,11 @@ def _value_fault(W: Tensor, s: Tensor) -> str | None:
 
 def fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the same triplets with the largest entry of every left vector positive."""
-    top = U.gather(0, U.abs().argmax(0, keepdim=True))
-    signs = torch.where(top < 0, -torch.ones_like(top), torch.ones_like(top))
+    signs = column_signs(U)
     return U * signs, Vh * signs.mT
+
+
+def column_signs(U: Float[Tensor, "m k"]) -> Float[Tensor, "1 k"]:
+    """Returns the sign, 1 or −1, of the largest entry of every column."""
+    top = U.gather(0, U.abs().argmax(0, keepdim=True))
+    return torch.where(top < 0, -torch.ones_like(top), torch.ones_like(top))
