@@ -63,6 +63,19 @@ def test_rows_of_any_range_are_those_of_the_product(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_rows_are_taken_out_in_place(form):
+    """What is left of some rows of a matrix is what the product's rows miss."""
+    factors = FORMS[form]()
+    m, n = factors.shape
+    for start, stop in itertools.combinations_with_replacement(range(m + 1), 2):
+        rows = _random(stop - start, n, 6)
+        expected = rows - factors.product()[start:stop]
+        factors.subtract_from(rows, start)
+
+        assert torch.allclose(rows, expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3)])
 def test_applications_take_any_leading_dimensions(form, lead):
     """One vector, a batch and a batch of sequences are all (…, n)."""

@@ -64,6 +64,10 @@ class Factors:
         """Returns rows start … stop − 1 of the product, in float64."""
         return self.B[start:stop].double() @ self.A.double()
 
+    def subtract_from(self, rows: Float[Tensor, "k n"], start: int) -> None:
+        """Takes rows start … start + k − 1 of the product out of `rows`, in place."""
+        rows.addmm_(self.B[start : start + len(rows)], self.A, alpha=-1)
+
     def apply(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
         """Returns B(Ax), without ever forming B·A."""
         return (x @ self.A.mT) @ self.B.mT
@@ -128,6 +132,10 @@ class PivotedFactors:
         out[pivots] = A[place[pivots]]
         out[~pivots] = self.K[place[~pivots] - self.rank].double() @ A
         return out
+
+    def subtract_from(self, rows: Float[Tensor, "k n"], start: int) -> None:
+        """Takes rows start … start + k − 1 of the product out of `rows`, in place."""
+        rows -= self.rows(start, start + len(rows))
 
     def apply(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
         """Returns W'x through A and K, without ever forming W'."""
