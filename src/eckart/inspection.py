@@ -11,8 +11,10 @@ from eckart.certificate import Delta, Inspection, Summary
 from eckart.checkpoint.source import Source
 from eckart.decompose.request import FLOPS, threads_for
 from eckart.errors import RankError
-from eckart.linalg.exact import energy, singular_values
+from eckart.linalg.arrays import working_dtype
+from eckart.linalg.gram import gram_values
 from eckart.linalg.matrices import named_generator
+from eckart.linalg.norms import energy
 from eckart.linalg.rank import numerical_rank
 from eckart.linalg.rounding import signal_rank
 from eckart.linalg.spectrum import Spectrum
@@ -65,7 +67,7 @@ class Inspector:
             found = self._values(looked_at, label)
             values.append(found.double())
             energies.append(energy(looked_at))
-            ranks.append(_numerical(found, matrix.shape))
+            ranks.append(_numerical(found.to(working_dtype(looked_at.dtype)), matrix.shape))
             if base is not None or self.source.tensors[name].dtype in HALF:
                 generator = named_generator(self.seed, label)
                 signals.append(signal_rank(W, base, generator=generator, name=label))
@@ -102,7 +104,7 @@ class Inspector:
     def _values(self, W: Tensor, label: str) -> Tensor:
         """All singular values, or the leading ones of a large matrix."""
         if self._is_whole((W.shape[0], W.shape[1])):
-            return singular_values(W, label)
+            return gram_values(W, label)[0]
         generator = named_generator(self.seed, label)
         return truncated_svd(W, rank=LEADING, generator=generator, name=label).s
 

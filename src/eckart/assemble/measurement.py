@@ -12,9 +12,8 @@ from eckart.checkpoint.header import DTYPES, TensorInfo
 from eckart.checkpoint.source import Source
 from eckart.formats import factored
 from eckart.formats.factored import Product
-from eckart.linalg.exact import energy
 from eckart.linalg.matrices import named_generator
-from eckart.linalg.residual import output_difference, relative_error
+from eckart.linalg.residual import energies, output_difference, rounded_up
 from eckart.linalg.spectrum import Spectrum
 from eckart.matrix import Matrix
 
@@ -39,13 +38,13 @@ def measure(
     generator = named_generator(seed, f"outputs of {name}")
     missed = total = largest = output_missed = output_total = 0.0
     for W, product in pairs:
-        size, error = energy(W), relative_error(W, product, name)
-        missed, total = missed + error**2 * size, total + size
+        away, size = energies(W, product, name)
+        missed, total = missed + away, total + size
         outputs = output_difference(W, product, bias, generator=generator)
         largest = max(largest, outputs.max)
         output_missed, output_total = output_missed + outputs.relative**2, output_total + 1
     return Measured(
-        math.sqrt(missed / total) if total else math.sqrt(missed),
+        rounded_up(missed, total),
         OutputError(max=largest, relative=math.sqrt(output_missed / output_total)),
     )
 
@@ -54,9 +53,9 @@ def measure_error(pairs: Iterable[tuple[Tensor, Product]], name: str) -> float:
     """Returns ‖W − BA‖_F/‖W‖_F over the matrices of a tensor."""
     missed = total = 0.0
     for W, product in pairs:
-        size, error = energy(W), relative_error(W, product, name)
-        missed, total = missed + error**2 * size, total + size
-    return math.sqrt(missed / total) if total else math.sqrt(missed)
+        away, size = energies(W, product, name)
+        missed, total = missed + away, total + size
+    return rounded_up(missed, total)
 
 
 def bias_of(source: Source, bias: str, matrix: Matrix) -> Tensor | None:

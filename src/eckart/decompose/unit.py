@@ -16,7 +16,7 @@ from eckart.decompose.part import About, Decomposition, write_part
 from eckart.decompose.request import Request, threads_for
 from eckart.errors import FactorizationError
 from eckart.linalg.arrays import as_matrix, working_dtype
-from eckart.linalg.exact import exact_svd
+from eckart.linalg.gram import short_side_svd
 from eckart.linalg.matrices import named_generator
 from eckart.linalg.truncated import truncated_svd
 from eckart.matrix import Matrix
@@ -94,12 +94,14 @@ class Decomposer:
     def _find(self, W: Tensor, request: Request, label: str) -> _Found:
         """The SVD that was asked for, of one matrix."""
         W = as_matrix(W, label).to(self.device)
+        dtype = working_dtype(W.dtype)
         if request.all_values:
-            svd = exact_svd(W, label).truncate(request.rank)
-        else:
-            generator = named_generator(self.seed, label, W.device)
-            svd = truncated_svd(W, rank=request.rank, generator=generator, name=label)
+            short = short_side_svd(W, label)
+            kept = short.vectors[:, : request.rank].mT.to("cpu", dtype)
+            return _Found(short.values.cpu(), kept, short.energy, short.method, 0.0)
+        generator = named_generator(self.seed, label, W.device)
+        svd = truncated_svd(W, rank=request.rank, generator=generator, name=label)
         vectors = svd.U.mT if W.shape[0] <= W.shape[1] else svd.Vh
         values = svd.s if svd.values is None else svd.values
-        kept = vectors.to("cpu", working_dtype(W.dtype))
+        kept = vectors.to("cpu", dtype)
         return _Found(values.cpu().double(), kept, svd.energy, svd.method, svd.excess_estimate)
