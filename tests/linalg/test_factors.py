@@ -8,7 +8,16 @@ import torch
 
 from eckart.errors import NonFiniteError, RankError, ShapeError, UsageError
 from eckart.linalg.exact import exact_svd
-from eckart.linalg.factors import Factors, PivotedFactors, factorize, pivot, recompress, split
+from eckart.linalg.factors import (
+    Factors,
+    PivotedFactors,
+    factorize,
+    from_short_side,
+    pivot,
+    recompress,
+    split,
+)
+from eckart.linalg.gram import short_side_svd
 from eckart.linalg.matrices import matrix_with_spectrum
 
 
@@ -350,3 +359,29 @@ def test_recompress_knows_every_singular_value_of_the_product():
     assert spectrum.complete
     assert spectrum.relative_error(2) == 0
     assert 0 < spectrum.relative_error(1) < 1
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30), (24, 24)])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_factors_from_the_short_side_are_optimal_balanced_and_nested(shape, wide):
+    """From vectors of one side only: the closed-form error at every rank, norms equal."""
+    values = torch.arange(1, 21, dtype=torch.float64) ** -1.0
+    W = matrix_with_spectrum(values, *shape)
+    short = short_side_svd(W)
+    full = from_short_side(W, short.vectors.mT[:12], short.values[:12], wide)
+    for rank in (1, 5, 12):
+        f = from_short_side(W, short.vectors.mT[:rank], short.values[:rank], wide)
+        missed = float((W - f.product().double()).norm())
+
+        assert missed == pytest.approx(float(values[rank:].norm()), rel=1e-5)
+        assert torch.allclose(f.B.norm(dim=0), f.A.norm(dim=1), rtol=1e-4)
+        assert torch.allclose(f.B, full.B[:, :rank], atol=1e-6)
+        assert torch.allclose(f.A, full.A[:rank], atol=1e-6)
+
+
+def test_a_zero_value_gives_zero_factors():
+    """No division by it."""
+    f = from_short_side(torch.zeros(3, 4), torch.eye(3)[:2], torch.zeros(2), torch.float64)
+
+    assert not f.B.any()
+    assert not f.A.any()

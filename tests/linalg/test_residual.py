@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from eckart.errors import ShapeError
-from eckart.linalg import residual
+from eckart.linalg import blocks
 from eckart.linalg.factors import Factors, factorize, pivot
 from eckart.linalg.matrices import matrix_with_spectrum
 from eckart.linalg.residual import (
+    compare,
     energies,
     output_difference,
     relative_error,
@@ -42,7 +43,7 @@ def test_blocks_of_any_size_give_the_same_error(W, entries, monkeypatch):
     """One row at a time, an uneven last block and one block for all agree."""
     for product in (factorize(W, rank=2), pivot(factorize(W, rank=2))):
         whole = relative_error(W, product)
-        monkeypatch.setattr(residual, "ROW_BLOCK_ENTRIES", entries)
+        monkeypatch.setattr(blocks, "BLOCK_ENTRIES", entries)
 
         assert relative_error(W, product) == pytest.approx(whole, rel=1e-13)
         monkeypatch.undo()
@@ -50,7 +51,7 @@ def test_blocks_of_any_size_give_the_same_error(W, entries, monkeypatch):
 
 def test_blocks_are_no_larger_than_asked(W, monkeypatch):
     """No more rows are formed at once than the block size holds."""
-    monkeypatch.setattr(residual, "ROW_BLOCK_ENTRIES", 40)
+    monkeypatch.setattr(blocks, "BLOCK_ENTRIES", 40)
     asked, subtract = [], Factors.subtract_from
 
     def watched(self, rows, start):
@@ -257,3 +258,12 @@ def test_residual_norm_repeats_with_its_seed(W):
     assert residual_norm(W, factors, generator=_seeded(4)) == residual_norm(
         W, factors, generator=_seeded(4)
     )
+
+
+def test_one_pass_finds_what_two_do(W):
+    """`compare` is `energies` and `output_difference`, with the same inputs, to the bit."""
+    product, bias = factorize(W, rank=2), torch.arange(12.0)
+    found = compare(W, product, bias, generator=_seeded())
+
+    assert (found.missed, found.total) == energies(W, product)
+    assert found.outputs == output_difference(W, product, bias, generator=_seeded())

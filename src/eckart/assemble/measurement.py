@@ -13,7 +13,7 @@ from eckart.checkpoint.source import Source
 from eckart.formats import factored
 from eckart.formats.factored import Product
 from eckart.linalg.matrices import named_generator
-from eckart.linalg.residual import energies, output_difference, rounded_up
+from eckart.linalg.residual import compare, energies, rounded_up
 from eckart.linalg.spectrum import Spectrum
 from eckart.matrix import Matrix
 
@@ -36,16 +36,15 @@ def measure(
     Over the matrices of a tensor, one after the other; the bias is that of a single one.
     """
     generator = named_generator(seed, f"outputs of {name}")
-    missed = total = largest = output_missed = output_total = 0.0
+    missed = total = largest = output_missed = count = 0.0
     for W, product in pairs:
-        away, size = energies(W, product, name)
-        missed, total = missed + away, total + size
-        outputs = output_difference(W, product, bias, generator=generator)
-        largest = max(largest, outputs.max)
-        output_missed, output_total = output_missed + outputs.relative**2, output_total + 1
+        found = compare(W, product, bias, generator=generator, name=name)
+        missed, total = missed + found.missed, total + found.total
+        largest = max(largest, found.outputs.max)
+        output_missed, count = output_missed + found.outputs.relative**2, count + 1
     return Measured(
         rounded_up(missed, total),
-        OutputError(max=largest, relative=math.sqrt(output_missed / output_total)),
+        OutputError(max=largest, relative=math.sqrt(output_missed / count)),
     )
 
 

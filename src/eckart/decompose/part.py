@@ -21,7 +21,7 @@ from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Checkpoint
 from eckart.checkpoint.tensor_file import TensorLayout, lay_out_file
 from eckart.errors import CheckpointError
-from eckart.linalg.factors import Factors
+from eckart.linalg.factors import Factors, from_short_side
 from eckart.linalg.spectrum import Spectrum
 
 SCHEMA = "eckart-part/1"
@@ -72,21 +72,13 @@ class Decomposition:
     def factors(self, W: Tensor, rank: int, index: int = 0, *, wide: bool = True) -> Factors:
         """Returns balanced B, A of the given rank for one matrix; nested in the rank.
 
-        m ≤ n: B = U√s, A = √s⁻¹ UᵀW. m > n: A = √s Vᵀ, B = W V √s⁻¹. Computed in float64, or in
-        float32 where the result is rounded to half precision anyway (`wide=False`).
-        Cost: 2mnr flops.
+        See `eckart.linalg.factors.from_short_side`. Computed in float64, or in float32 where the
+        result is rounded to half precision anyway (`wide=False`).
         """
         assert rank <= self.rank, f"{self.name}: rank {rank} of {self.rank} kept"
-        dtype = torch.float64 if wide else torch.float32
-        start = index * self.rank
+        dtype, start = torch.float64 if wide else torch.float32, index * self.rank
         kept = Checkpoint(self.part, read_header(self.part)).load(VECTORS, start, start + rank)
-        vectors, W = kept.to(dtype), W.to(dtype)
-        root = self.values[index, :rank].to(dtype).sqrt()[:, None]
-        inverse = torch.where(root > 0, 1 / root, 0.0)
-        m, n = self.spectrum.shape
-        if m <= n:
-            return Factors((vectors * root).mT, inverse * (vectors @ W))
-        return Factors(W @ (vectors * inverse).mT, vectors * root)
+        return from_short_side(W, kept, self.values[index, :rank], dtype)
 
 
 def write_part(
@@ -95,8 +87,9 @@ def write_part(
     values: Sequence[Tensor],
     vectors: Sequence[Tensor],
 ) -> Decomposition:
-    """Writes and syncs a part, over whatever stood there, and returns what it says.
+    """Writes a part, over whatever stood there, and returns what it says.
 
+    Not synced: a part that the power cut short fails its own check, and is made again.
     One entry of `values` (k) and `vectors` (rank×d) per matrix of a stack.
     """
     path.unlink(missing_ok=True)
@@ -109,7 +102,6 @@ def write_part(
     file = lay_out_file(path, layout)
     for name, tensor in tensors.items():
         file.write(name, tensor)
-    file.sync()
     return _decomposition(about, tensors[VALUES], path)
 
 

@@ -5,7 +5,6 @@ A killed run is continued from here, and another budget is served from here with
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -60,7 +59,7 @@ class Work:
         }
 
     def record(self, result: Decomposition | Failure) -> None:
-        """Adds a result to the journal, and syncs it."""
+        """Adds a result to the journal. Not synced: see `write_part`."""
         if isinstance(result, Failure):
             self.failed[result.name] = result
             entry = {"name": result.name, "failed": result.reason}
@@ -70,8 +69,6 @@ class Work:
         path = self.folder / JOURNAL
         with storage_errors(path), path.open("ab") as stream:
             stream.write(_line(entry))
-            stream.flush()
-            os.fsync(stream.fileno())
 
 
 def open_work(folder: Path, source: Source, identity: Identity, names: Iterable[str]) -> Work:

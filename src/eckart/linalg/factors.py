@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eckart.errors import NonFiniteError, ShapeError
 from eckart.linalg.arrays import Array, as_tensor
+from eckart.linalg.blocks import row_blocks
 from eckart.linalg.exact import TruncatedSVD, exact_svd
 from eckart.linalg.truncated import truncated_svd
 
@@ -158,6 +159,36 @@ def split(svd: TruncatedSVD, *, balanced: bool = True) -> Factors:
         return Factors(svd.U * svd.s, svd.Vh)
     root = svd.s.sqrt()
     return Factors(svd.U * root, root[:, None] * svd.Vh)
+
+
+def from_short_side(
+    W: Float[Tensor, "m n"],
+    vectors: Float[Tensor, "r k"],
+    values: Float[Tensor, " r"],
+    dtype: torch.dtype,
+) -> Factors:
+    """Returns balanced B, A from the leading singular vectors of the shorter side, as rows.
+
+    m ≤ n: B = U√s, A = √s⁻¹ UᵀW. m > n: A = √s Vᵀ, B = W V √s⁻¹. For the given vectors the other
+    factor is optimal, so that slices are nested and optimal at every rank. Computed in `dtype`.
+    Cost: 2mnr flops; peak a block of W in that dtype, and the factors.
+
+    >>> W = torch.diag(torch.tensor([4.0, 1.0]))
+    >>> f = from_short_side(W, torch.tensor([[1.0, 0.0]]), torch.tensor([4.0]), torch.float64)
+    >>> f.product().tolist()
+    [[4.0, 0.0], [0.0, 0.0]]
+    """
+    (m, n), vectors = W.shape, vectors.to(dtype)
+    root = values.to(dtype).sqrt()[:, None]
+    inverse = torch.where(root > 0, 1 / root, 0.0)
+    if m > n:
+        right = (vectors * inverse).mT.contiguous()
+        B = [rows @ right for _, rows in row_blocks(W, dtype)]
+        return Factors(torch.cat(B), vectors * root)
+    A = vectors.new_zeros(len(vectors), n)
+    for start, rows in row_blocks(W, dtype):
+        A.addmm_(vectors[:, start : start + len(rows)], rows)
+    return Factors((vectors * root).mT, inverse * A)
 
 
 def factorize(

@@ -1,7 +1,7 @@
 """How far a product is from its matrix: measured, never predicted."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -10,10 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eckart.linalg.arrays import Array, as_matrix
+from eckart.linalg.blocks import row_blocks
 from eckart.linalg.norms import energy, unscaled
-
-ROW_BLOCK_ENTRIES = 2**20
-"""Rows are widened in blocks of about this many float64 entries: 8 MiB stay in the cache."""
 
 SUMS = 1e-11
 """What float64 rounding may take off a root of a quotient of two energies (`norms.CHUNK`)."""
@@ -81,7 +79,11 @@ def energies(W: Array, product: Product, name: str = "matrix") -> tuple[float, f
     """
     W = as_matrix(W, name)
     shift = _shift(W)
-    missed, total = (each * 2.0**-shift * 2.0**-shift for each in _energies(W, product, shift))
+    return _unscaled(_energies(W, product, shift), shift)
+
+
+def _unscaled(energies: tuple[float, float], shift: int) -> tuple[float, float]:
+    missed, total = (each * 2.0**-shift * 2.0**-shift for each in energies)
     return missed, total
 
 
@@ -97,27 +99,17 @@ def rounded_up(missed: float, total: float) -> float:
     return math.sqrt(missed / total) * (1 + SUMS) + (0.0 if missed == 0 else 4 * eps)
 
 
-def _energies(W: Tensor, product: Product, shift: int) -> tuple[float, float]:
-    """‖W − BA‖_F² and ‖W‖_F², both of the matrices times 2ˢ."""
+def _energies(
+    W: Tensor, product: Product, shift: int, look: Callable[[Tensor], None] = lambda _: None
+) -> tuple[float, float]:
+    """‖W − BA‖_F² and ‖W‖_F², both of the matrices times 2ˢ; `look` sees every block of rows."""
     missed, total, product = 0.0, 0.0, product.to(torch.float64)
-    for start, rows in _row_blocks(W):
+    for start, rows in row_blocks(W, torch.float64):
+        look(rows)
         total += energy(unscaled(rows, shift))
         product.subtract_from(rows, start)
         missed += energy(unscaled(rows, shift))
     return missed, total
-
-
-def _row_blocks(W: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Where each block of rows starts, and its rows in float64: a copy, in one and the same memory.
-
-    New memory for each would cost more than the arithmetic: malloc gives blocks of this size back
-    to the system at once, and every page of the next is mapped anew (measured: 150 ms, not 30).
-    """
-    step = max(1, ROW_BLOCK_ENTRIES // W.shape[1])
-    memory = W.new_empty(min(step, W.shape[0]), W.shape[1], dtype=torch.float64)
-    for start in range(0, W.shape[0], step):
-        rows = W[start : start + step]
-        yield start, memory[: len(rows)].copy_(rows)
 
 
 def _shift(W: Tensor) -> int:
@@ -150,11 +142,53 @@ def output_difference(
     factors in float64.
     """
     W = as_matrix(W)
-    x = torch.randn(samples, W.shape[1], dtype=torch.float64, generator=generator)
-    x = x.to(W.device)
-    b = torch.zeros(W.shape[0], dtype=torch.float64) if bias is None else bias.double()
-    b = b.to(W.device)
-    y = torch.cat([x @ rows.mT for _, rows in _row_blocks(W)], dim=1) + b
+    x = _inputs(W, generator, samples)
+    y = torch.cat([x @ rows.mT for _, rows in row_blocks(W, torch.float64)], dim=1)
+    return _difference(x, y, product, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A matrix against its product: the energies, and the outputs."""
+
+    missed: float  # ‖W − BA‖_F²
+    total: float  # ‖W‖_F²
+    outputs: OutputDifference
+
+
+def compare(
+    W: Array,
+    product: Product,
+    bias: Float[Tensor, " m"] | None = None,
+    *,
+    generator: torch.Generator,
+    samples: int = 16,
+    name: str = "matrix",
+) -> Comparison:
+    """Returns `energies` and `output_difference`, from one pass over W.
+
+    >>> from eckart.linalg.factors import factorize
+    >>> W = torch.diag(torch.tensor([4.0, 3.0]))
+    >>> found = compare(W, factorize(W, rank=1), generator=torch.Generator().manual_seed(0))
+    >>> round(found.missed, 6), found.total, found.outputs.relative < 1
+    (9.0, 25.0, True)
+    """
+    W = as_matrix(W, name)
+    x, shift, y = _inputs(W, generator, samples), _shift(W), list[Tensor]()
+    found = _energies(W, product, shift, lambda rows: y.append(x @ rows.mT))
+    missed, total = _unscaled(found, shift)
+    return Comparison(missed, total, _difference(x, torch.cat(y, dim=1), product, bias))
+
+
+def _inputs(W: Tensor, generator: torch.Generator, samples: int) -> Tensor:
+    draw = torch.randn(samples, W.shape[1], dtype=torch.float64, generator=generator)
+    return draw.to(W.device)
+
+
+def _difference(x: Tensor, Wx: Tensor, product: Product, bias: Tensor | None) -> OutputDifference:
+    b = torch.zeros(Wx.shape[1], dtype=torch.float64) if bias is None else bias.double()
+    b = b.to(Wx.device)
+    y = Wx + b
     difference = y - (product.to(torch.float64).apply(x) + b)
     norm = float(torch.linalg.vector_norm(y))
     missed = float(torch.linalg.vector_norm(difference))
