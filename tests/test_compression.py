@@ -35,7 +35,7 @@ from eckart.errors import (
 from eckart.execute import local
 from eckart.linalg.matrices import random_low_rank
 
-KEEP = {"keep": 0.6}
+KEEP = {"keep": 0.6, "form": "auto"}
 RANK = {"rank": 3}
 
 

@@ -113,8 +113,8 @@ def compress(
         str | None, typer.Option(metavar="BYTES", help="Bytes of the output's tensors: 5GB, …")
     ] = None,
     form: Annotated[
-        FormOption, typer.Option(help="How factors are stored; auto: the better, by budget.")
-    ] = FormOption.auto,
+        FormOption, typer.Option(help="How factors are stored; auto: less error, by budget.")
+    ] = FormOption.ba,
     align: Annotated[int, typer.Option(help="Ranks in multiples of this.")] = 1,
     include: Include = None,
     exclude: Exclude = None,
