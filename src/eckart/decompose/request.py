@@ -45,11 +45,11 @@ def threads_for(shape: Shape) -> int:
 
     The same threads give the same bits, so this is part of what makes results repeatable.
 
-    >>> threads_for((768, 768)), threads_for((4096, 4096)), threads_for((8192, 28672))
+    >>> threads_for((4096, 4096)), threads_for((4096, 11008)), threads_for((8192, 28672))
     (1, 2, 4)
     """
     m, n = shape
-    return 1 if m * n <= 2**22 else 2 if m * n <= 2**26 else 4
+    return 1 if m * n <= 2**24 else 2 if m * n <= 2**26 else 4
 
 
 def seconds_for(matrix: Matrix, request: Request, threads: int) -> float:
