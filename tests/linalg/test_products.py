@@ -22,6 +22,16 @@ def test_product_is_that_of_the_wide_arithmetic(p, q, k, dtype, transposed):
     assert torch.dist(product(A, B), expected.to(dtype)) <= 4 * torch.finfo(dtype).eps * q * p * k
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slices_across_the_memory_order_are_multiplied_like_any(dtype):
+    """Some columns of a row-major matrix, and some rows of a column-major one."""
+    A, B = torch.arange(24.0, dtype=dtype).view(4, 6), torch.arange(60.0, dtype=dtype).view(6, 10)
+
+    assert torch.equal(product(A, B[:, 2:5]), A @ B[:, 2:5])
+    assert torch.equal(product(A[:, 1:3], B.mT[:2, :]), A[:, 1:3] @ B.mT[:2, :])
+    assert torch.equal(product(A[::2], B[:, ::3]), A[::2] @ B[:, ::3])
+
+
 @pytest.mark.parametrize(("p", "q", "k"), [(0, 5, 3), (4, 0, 3), (4, 5, 0)])
 def test_empty_factors_give_empty_or_zero_products(p, q, k):
     """An inner dimension of 0 gives zeros, an outer one nothing."""

@@ -223,9 +223,9 @@ def power_norm(
     """Returns ‖E‖₂ from below: `iterations` power steps on EᵀE, starting from x."""
     norm = 0.0
     for _ in range(iterations):
-        y = forward(x / torch.linalg.vector_norm(x))
-        norm = float(torch.linalg.vector_norm(y))
+        y = forward(x / torch.linalg.vector_norm(x, dtype=torch.float64))
+        norm = float(torch.linalg.vector_norm(y, dtype=torch.float64))
         if norm == 0:
             return 0.0
-        x = backward(y)
+        x = backward(y / norm)  # at unit length, so that no scale of E overflows
     return norm
