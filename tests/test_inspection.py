@@ -9,7 +9,7 @@ from builders import decaying, eckart, write_checkpoint
 from eckart import inspect, inspection
 from eckart.errors import InputError
 from eckart.execute import local
-from eckart.linalg.matrices import named_generator, random_low_rank
+from eckart.linalg.matrices import matrix_with_spectrum, named_generator, random_low_rank
 
 
 @pytest.fixture
@@ -162,3 +162,13 @@ def test_the_json_of_inspect_holds_spectra(src):
     assert document["kind"] == "inspection"
     assert all(len(row["values"]) > 0 for row in document["matrices"])
     assert document["summary"]["text"].startswith("at 99 % energy")
+
+
+def test_a_rank_that_rounding_may_hide_is_no_reason_to_factor(tmp_path):
+    """A spectrum that runs on through the floor of its format is judged by all of its values."""
+    W = matrix_with_spectrum(0.92 ** torch.arange(256, dtype=torch.float64), 256, 256).bfloat16()
+    (row,) = inspect(write_checkpoint(tmp_path / "src", {"a.weight": W})).matrices
+
+    assert row.signal_rank is not None
+    assert row.signal_rank < row.break_even < (row.numerical_rank or 0)
+    assert "error below rounding" not in row.verdict

@@ -174,6 +174,7 @@ class Delta(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
     bound: int
     share: float
     below_floor: bool
+    weakest: float
 
 
 class Inspection(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):

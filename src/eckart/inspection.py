@@ -81,7 +81,9 @@ class Inspector:
                 bound=max(one.bound for one in signals),
                 share=min(one.share for one in signals),
                 below_floor=any(one.below_floor for one in signals),
+                weakest=min(one.weakest for one in signals),
             )
+        trusted = signals and not any(one.below_floor for one in signals)
         return Inspection(
             name=name,
             shape=matrix.stored,
@@ -92,7 +94,7 @@ class Inspector:
             rank_90=_rank(spectrum, 0.90),
             rank_99=_rank(spectrum, 0.99),
             break_even=spectrum.break_even,
-            verdict=verdict(spectrum, numerical if signal is None else signal, delta),
+            verdict=verdict(spectrum, signal if trusted else numerical, delta),
             energy=spectrum.energy,
             values=[float(value) for value in spectrum.values],
             delta=delta,

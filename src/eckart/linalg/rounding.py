@@ -148,7 +148,7 @@ def _twin(tuned: Tensor, generator: torch.Generator) -> tuple[float, float]:
 
     N_ij = ±ulp(tuned_ij)/√12 with random signs: the energy of what is uniform in ±½ulp, and so
     the norm; but the part of a single large entry is not left to luck: what it may be off by,
-    ½ulp, is below FLOOR·τ. In units of the largest ulp, so that float32 holds it whatever the scale.
+    ½ulp, is below FLOOR·τ. In units of the largest ulp, so that float32 holds it at any scale.
     """
     unit = float(ulp(torch.stack(torch.aminmax(tuned))[None]).max())
     draw = torch.randint(0, 2, tuned.shape, dtype=torch.int8, generator=generator)
