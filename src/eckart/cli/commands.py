@@ -27,6 +27,7 @@ from eckart.cli.options import (
 )
 from eckart.cli.output import console, print_json, print_table, say, watching
 from eckart.errors import PromiseError
+from eckart.execute import warm_up
 
 app = typer.Typer(
     name="eckart",
@@ -78,6 +79,7 @@ def inspect(
     quiet: Quiet = False,
 ) -> None:
     """Rank, spectrum and verdict of every matrix."""
+    warm_up(workers)
     from eckart import api
     from eckart.screen import inspection_table
 
@@ -139,6 +141,7 @@ def compress(
     force: Force = False,
 ) -> None:
     """Factor every matrix that pays: W → B, A. One of --rank, --energy, --error, --keep, --size."""
+    warm_up(1 if dry_run else workers)
     from eckart import api
 
     shard_bytes = byte_count(shard_size, "--shard-size")
@@ -195,6 +198,7 @@ def densify(
     force: Force = False,
 ) -> None:
     """Multiply factors out again, into a checkpoint that any loader reads."""
+    warm_up(workers)
     from eckart import api
 
     shard_bytes = byte_count(shard_size, "--shard-size")

@@ -6,19 +6,24 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from types import ModuleType
 from typing import Any, cast
 
 from eckart.errors import ResourceError
+from eckart.execute.machine import cores
 from eckart.execute.worker import receive, send, serve
 
 SHORT_SECONDS = 2.0
 """A task of less may run in this process: Python sees a signal when it ends."""
 
-WORTH_SECONDS = 6.0
+WORTH_SECONDS = 2.0
 """Work of less in all is done here before workers have been started."""
+
+PRELOADED = ["torch", "eckart.assemble.filling", "eckart.execute.worker"]
+"""What workers need, loaded once for all of them."""
 
 ATTEMPTS = 2
 """A task whose worker dies is given to another one, once."""
@@ -31,6 +36,17 @@ class Task:
     name: str
     arguments: tuple[Any, ...]
     seconds: float = 0.0
+
+
+def warm_up(workers: int | None) -> None:
+    """Starts the fork server, which loads torch while this process does; unless it is not needed.
+
+    A second and a half that two processes spend side by side, and not one after the other.
+    """
+    if workers != 1 and cores() > 1:
+        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+        with _no_main_module():
+            forkserver.ensure_running()
 
 
 @dataclass
@@ -50,7 +66,7 @@ class _Pool:
     def start(self) -> _Worker:
         """Starts one more worker."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "eckart.execute.worker"])
+        context.set_forkserver_preload(PRELOADED)
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(theirs, self.unit), daemon=True)
         with _no_main_module():
