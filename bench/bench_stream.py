@@ -17,6 +17,7 @@ Runs alternate; a ratio is the median of the rounds. Results are appended to `be
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -31,10 +32,9 @@ from bench_svd import LEDGER, heading
 from safetensors.torch import save_file
 
 from eckart.checkpoint.opening import open_source
-from eckart.formats.factored import Product
-from eckart.linalg.factors import Factors
+from eckart.linalg.factors import from_short_side
 from eckart.linalg.matrices import named_generator
-from eckart.linalg.residual import output_difference, relative_error
+from eckart.linalg.residual import compare
 from eckart.linalg.truncated import truncated_svd
 
 RANK = 32
@@ -83,6 +83,7 @@ def write_checkpoint(folder: Path, gigabytes: float) -> None:
         flush()
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    os.sync()  # what is still to be written would be written during the first runs
 
 
 def command(source: Path, out: Path, workers: int) -> list[str]:
@@ -150,9 +151,9 @@ def kernels_alone(source: Path) -> float:
         W = opened.load(name)
         start = time.perf_counter()
         svd = truncated_svd(W, rank=RANK, generator=named_generator(0, name), name=name)
-        product: Product = Factors(svd.U, svd.U.mT @ W.float()).to(torch.bfloat16)
-        relative_error(W, product, name)
-        output_difference(W, product, generator=named_generator(0, name))
+        vectors = svd.U.mT if W.shape[0] <= W.shape[1] else svd.Vh
+        product = from_short_side(W, vectors, svd.s, torch.float32).to(torch.bfloat16)
+        compare(W, product, generator=named_generator(0, name), name=name)
         total += time.perf_counter() - start
     return total
 

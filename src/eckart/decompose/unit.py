@@ -15,7 +15,7 @@ from eckart.checkpoint.source import Source
 from eckart.decompose.part import About, Decomposition, write_part
 from eckart.decompose.request import Request, threads_for
 from eckart.errors import FactorizationError
-from eckart.linalg.arrays import as_matrix, working_dtype
+from eckart.linalg.arrays import working_dtype
 from eckart.linalg.gram import short_side_svd
 from eckart.linalg.matrices import named_generator
 from eckart.linalg.truncated import truncated_svd
@@ -93,7 +93,7 @@ class Decomposer:
 
     def _find(self, W: Tensor, request: Request, label: str) -> _Found:
         """The SVD that was asked for, of one matrix."""
-        W = as_matrix(W, label).to(self.device)
+        W = W.to(self.device)
         dtype = working_dtype(W.dtype)
         if request.all_values:
             short = short_side_svd(W, label)
