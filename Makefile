@@ -24,6 +24,7 @@ check: $(VENV)/.dev  ## format, lint, types, floors
 
 bench: $(VENV)/.dev  ## timings against torch, appended to bench/RESULTS.md
 	$(BIN)/python bench/bench_svd.py
+	$(BIN)/python bench/bench_stream.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -24,13 +24,12 @@ from eckart.compression import (
     check_room,
     choose,
     decompose_all,
-    mapped,
     work_folder,
     write_assembly,
     write_factored,
 )
 from eckart.errors import CheckpointError
-from eckart.execute import Progress, Silent, Task
+from eckart.execute import Progress, Silent, Task, Workers
 from eckart.families import matrices
 from eckart.inspection import Inspector, summary
 from eckart.planning import (
@@ -173,13 +172,15 @@ def compress(
         "device": device,
         "threads": threads,
     }
-    watch = progress or Silent()
     with new_output(target, inputs=[source.path], force=force) as run:
         job = Job(source, run.staged, seed, options, shard_bytes, threads, spread)
-        with work_folder(run, named, job, targets) as parts:
-            decompose_all(parts, targets, job, watch)
-            choices = choose(parts, targets, job, watch)
-            certificate = write_factored(parts, choices, targets, job, watch)
+        with (
+            work_folder(run, named, job, targets) as work_done,
+            Workers(spread, progress or Silent()) as crew,
+        ):
+            decompose_all(work_done, targets, job, crew)
+            choices = choose(work_done, targets, job, crew)
+            certificate = write_factored(work_done, choices, targets, job, crew)
         run.keep = keep_work and named is None
     return certificate
 
@@ -211,7 +212,8 @@ def densify(
         job = Job(source, run.staged, 0, options, shard_bytes, threads, spread)
         accounts = Accounts({}, copied, factors.keys())
         config: dict[str, object] = {"quantization_config": None}
-        return write_assembly(assembly, "dense", accounts, config, job, progress or Silent())
+        with Workers(spread, progress or Silent()) as crew:
+            return write_assembly(assembly, "dense", accounts, config, job, crew)
 
 
 def verify(
@@ -249,7 +251,8 @@ def inspect(
     unit = Inspector(source, origin, seed, full, threads)
     tasks = [Task(name, (name, matrix), unit.seconds(matrix)) for name, matrix in found.items()]
     spread = workers_for([matrix.stored for matrix in found.values()], workers, threads)
-    rows = dict(mapped(unit, tasks, spread, progress or Silent(), "inspecting"))
+    with Workers(spread, progress or Silent()) as crew:
+        rows = dict(crew.map(unit, tasks, "inspecting"))
     source.check_unchanged()
     return InspectionReport(
         source=SourceRecord(name=source.name, fingerprint=source.fingerprint()),

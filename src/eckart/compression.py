@@ -4,10 +4,9 @@ Knows the order of things and what stays behind when one of them fails.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from eckart.allocate import Choice
 from eckart.allocate.budget import NOTHING
@@ -24,7 +23,7 @@ from eckart.decompose import Decomposer
 from eckart.decompose.request import seconds_for, threads_for
 from eckart.decompose.work import PARTS, Work, identity_of, open_work
 from eckart.errors import EckartError, ResourceError, StorageError
-from eckart.execute import Progress, Task, run_local
+from eckart.execute import Progress, Task, Workers
 from eckart.formats.factored import quantization_config
 from eckart.planning import Targets
 
@@ -79,10 +78,10 @@ def work_folder(run: OutputRun, named: Path | None, job: Job, targets: Targets) 
             raise
 
 
-def decompose_all(work: Work, targets: Targets, job: Job, watch: Progress) -> None:
+def decompose_all(work: Work, targets: Targets, job: Job, workers: Workers) -> None:
     """Decomposes what no kept part serves; every result is in the journal when it is counted."""
     missing = work.missing(targets.requests)
-    _say_what_is_kept(work, [*missing], len(targets.requests), watch)
+    _say_what_is_kept(work, [*missing], len(targets.requests), workers.watch)
     unit = Decomposer(job.source, work.digest, job.seed, str(job.options["device"]), job.threads)
     parts, tasks = work.parts(missing), list[Task]()
     for name, request in missing.items():
@@ -90,12 +89,12 @@ def decompose_all(work: Work, targets: Targets, job: Job, watch: Progress) -> No
         threads = job.threads or threads_for(matrix.shape)
         arguments = (name, matrix, request, parts[name])
         tasks.append(Task(name, arguments, seconds_for(matrix, request, threads)))
-    for _, result in mapped(unit, tasks, job.workers, watch, "decomposing"):
+    for _, result in workers.map(unit, tasks, "decomposing"):
         work.record(result)
     job.source.check_unchanged()
 
 
-def choose(work: Work, targets: Targets, job: Job, watch: Progress) -> dict[str, Choice]:
+def choose(work: Work, targets: Targets, job: Job, workers: Workers) -> dict[str, Choice]:
     """Returns the policy's ranks, and what measurement makes of them where it has a say."""
     failed = {
         name: Choice(None, f"dense: {work.failed[name].reason}")
@@ -120,12 +119,12 @@ def choose(work: Work, targets: Targets, job: Job, watch: Progress) -> dict[str,
     if policy.allowed is not None or terms.form == "auto":
         settler = Settler(job.source, policy, terms, job.threads)
         tasks = [Task(name, (case,), case.seconds) for name, case in cases.items()]
-        chosen |= dict(mapped(settler, tasks, job.workers, watch, "measuring"))
+        chosen |= dict(workers.map(settler, tasks, "measuring"))
     return {**targets.refused, **failed, **chosen}
 
 
 def write_factored(
-    work: Work, choices: Mapping[str, Choice], targets: Targets, job: Job, watch: Progress
+    work: Work, choices: Mapping[str, Choice], targets: Targets, job: Job, workers: Workers
 ) -> Certificate:
     """Lays the files out, fills them, measures what was written, and certifies it."""
     assembly = factored_assembly(
@@ -145,7 +144,7 @@ def write_factored(
         (*targets.remarks, *_shortfall(assembly, choices, targets, work)),
     )
     config: dict[str, object] = {"quantization_config": quantization_config(assembly.entries)}
-    return write_assembly(assembly, "factored", accounts, config, job, watch)
+    return write_assembly(assembly, "factored", accounts, config, job, workers)
 
 
 def write_assembly(  # noqa: PLR0917 an output, and what is said of it
@@ -154,26 +153,16 @@ def write_assembly(  # noqa: PLR0917 an output, and what is said of it
     accounts: Accounts,
     config: dict[str, object],
     job: Job,
-    watch: Progress,
+    workers: Workers,
 ) -> Certificate:
     """Fills the staged folder as planned, in any order, and writes the certificate over it."""
     filler, files = assembly.begin(job)
     tasks = [Task(name, (order,), order.seconds) for name, order in assembly.orders.items()]
-    filled = [one for _, one in mapped(filler, tasks, job.workers, watch, "writing")]
+    filled = [one for _, one in workers.map(filler, tasks, "writing")]
     files.sync()
     write_sidecars(job, config)
     job.source.check_unchanged()
     return certify(job, kind, accounts, filled)
-
-
-def mapped(
-    unit: Callable[..., Any], tasks: Sequence[Task], workers: int, watch: Progress, title: str
-) -> Iterator[tuple[str, Any]]:
-    """Yields each task's name and result, as they are done, and tells who watches."""
-    watch.stage(title, sum(task.seconds for task in tasks))
-    for task, result in run_local(unit, tasks, workers=workers):
-        watch.advance(task.seconds)
-        yield task.name, result
 
 
 def _say_what_is_kept(work: Work, missing: Sequence[str], count: int, watch: Progress) -> None:

@@ -14,7 +14,7 @@ import torch
 import units
 
 from eckart.errors import ResourceError, UsageError
-from eckart.execute import Task, run_local
+from eckart.execute import Silent, Task, Workers
 
 LONG = 100.0
 """Predicted seconds that no task of a test takes: they force worker processes."""
@@ -27,9 +27,8 @@ def tasks(count, seconds=LONG, *before):
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_every_task_gives_its_result_once(workers):
     """In as many processes as asked for, none of them this one."""
-    found = {
-        task.name: result for task, result in run_local(units.process, tasks(7), workers=workers)
-    }
+    with Workers(workers) as crew:
+        found = dict(crew.map(units.process, tasks(7)))
     processes = {process for _, process in found.values()}
 
     assert {name: number for name, (number, _) in found.items()} == {str(i): i for i in range(7)}
@@ -40,7 +39,7 @@ def test_every_task_gives_its_result_once(workers):
 @pytest.mark.parametrize(("workers", "seconds"), [(1, 1.9), (4, 0.5)])
 def test_short_tasks_are_done_here(workers, seconds):
     """One worker and no long task, or little to do in all: no process is worth it."""
-    found = [r for _, r in run_local(units.process, tasks(3, seconds), workers=workers)]
+    found = [r for _, r in Workers(workers).map(units.process, tasks(3, seconds))]
 
     assert {process for _, process in found} == {os.getpid()}
 
@@ -49,7 +48,7 @@ def test_the_longest_task_is_begun_first():
     """So that no worker is left alone with it at the end."""
     some = [Task("short", (1,), 0.1), Task("long", (2,), 0.9), Task("middle", (3,), 0.5)]
 
-    assert [task.name for task, _ in run_local(units.process, some, workers=1)] == [
+    assert [name for name, _ in Workers(1).map(units.process, some)] == [
         "long",
         "middle",
         "short",
@@ -58,20 +57,22 @@ def test_the_longest_task_is_begun_first():
 
 def test_nothing_to_do_is_nothing_done():
     """No task, no process, no result."""
-    assert list(run_local(units.process, [], workers=2)) == []
+    with Workers(2) as crew:
+        assert list(crew.map(units.process, [])) == []
+        assert crew.alive == []
 
 
 @pytest.mark.parametrize("seconds", [0.0, LONG])
 def test_an_error_of_ours_is_raised_as_it_is(seconds):
     """From here or from a worker: the same class and sentence."""
-    with pytest.raises(UsageError, match=r"^3 is refused\.$"):
-        list(run_local(units.refuse, tasks(5, seconds), workers=2))
+    with pytest.raises(UsageError, match=r"^3 is refused\.$"), Workers(2) as crew:
+        list(crew.map(units.refuse, tasks(5, seconds)))
 
 
 def test_a_bug_keeps_its_traceback():
     """What happened in the worker stands in a note."""
-    with pytest.raises(ZeroDivisionError) as caught:
-        list(run_local(units.divide, tasks(2), workers=1))
+    with pytest.raises(ZeroDivisionError) as caught, Workers(1) as crew:
+        list(crew.map(units.divide, tasks(2)))
 
     assert "in divide" in caught.value.__notes__[0]
 
@@ -80,33 +81,62 @@ def test_a_worker_that_dies_is_replaced_once(tmp_path):
     """Killed in the middle of a task: the task is done by another."""
     marker = str(tmp_path / "marker")
 
-    found = [r for _, r in run_local(units.die_once, tasks(4, LONG, marker), workers=2)]
+    with Workers(2) as crew:
+        found = [r for _, r in crew.map(units.die_once, tasks(4, LONG, marker))]
 
     assert sorted(found) == [0, 1, 2, 3]
 
 
 def test_a_task_that_kills_twice_is_named(tmp_path):
     """With the signal, and what to do."""
-    with pytest.raises(ResourceError, match=r"worker process on 0 was killed by SIGKILL, 2 times"):
-        list(run_local(units.die, tasks(1), workers=1))
+    with (
+        pytest.raises(ResourceError, match=r"worker process on 0 was killed by SIGKILL, 2 times"),
+        Workers(1) as crew,
+    ):
+        list(crew.map(units.die, tasks(1)))
 
 
 def test_results_may_hold_tensors():
     """By value: no shared memory, no open files."""
-    found = [result for _, result in run_local(units.tensor, tasks(40), workers=2)]
+    with Workers(2) as crew:
+        found = [result for _, result in crew.map(units.tensor, tasks(40))]
 
     assert torch.equal(sum(found), torch.full((3,), float(sum(range(40)))))
 
 
-def test_leaving_the_loop_ends_the_workers(tmp_path):
+def test_the_same_processes_do_one_map_after_another():
+    """Each worker is sent the next unit; what was started stays."""
+    with Workers(2) as crew:
+        first = {process for _, (_, process) in crew.map(units.process, tasks(6))}
+        tensors = [result for _, result in crew.map(units.tensor, tasks(3))]
+        second = {process for _, (_, process) in crew.map(units.process, tasks(6))}
+
+    assert len(tensors) == 3
+    assert first == second
+
+
+def test_who_watches_is_told_of_stages_and_of_work_done():
+    """The title with the seconds of all tasks, then those of each."""
+    seen = []
+
+    class Watch(Silent):
+        def stage(self, title, seconds):
+            seen.append((title, seconds))
+
+        def advance(self, seconds):
+            seen.append(seconds)
+
+    list(Workers(1, Watch()).map(units.process, tasks(2, 0.5), "testing"))
+
+    assert seen == [("testing", 1.0), 0.5, 0.5]
+
+
+def test_leaving_the_context_ends_the_workers(tmp_path):
     """Even in the middle of a long call."""
-    running = run_local(
-        units.sleep, [Task(str(i), (str(tmp_path),), LONG) for i in range(2)], workers=2
-    )
-    with contextlib.suppress(TimeoutError):
-        _next(running, until=lambda: len([*tmp_path.iterdir()]) == 2)
+    long = [Task(str(i), (str(tmp_path),), LONG) for i in range(2)]
+    with contextlib.suppress(TimeoutError), Workers(2) as crew:
+        _next(crew.map(units.sleep, long), until=lambda: len([*tmp_path.iterdir()]) == 2)
     begun = _processes(tmp_path, 2)
-    running.close()
 
     assert not any(_alive(pid) for pid in begun)
 
@@ -131,8 +161,9 @@ SCRIPT = """
     import sys
     sys.path.insert(0, {units!r})
     import units
-    from eckart.execute import Task, run_local
-    list(run_local(units.sleep, [Task("x", ({folder!r},), 100.0)], workers=1))
+    from eckart.execute import Task, Workers
+    with Workers(1) as crew:
+        list(crew.map(units.sleep, [Task("x", ({folder!r},), 100.0)]))
 """
 
 

@@ -1,7 +1,7 @@
 """The unit of work mapped over tasks: here, or in worker processes. Knows no unit by name."""
 
 from eckart.execute.local import Task as Task
-from eckart.execute.local import run_local as run_local
+from eckart.execute.local import Workers as Workers
 from eckart.execute.local import warm_up as warm_up
 from eckart.execute.machine import cores as cores
 from eckart.execute.machine import free_in_process as free_in_process

@@ -3,6 +3,7 @@
 import multiprocessing
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,10 +11,11 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from eckart.errors import ResourceError
 from eckart.execute.machine import cores
+from eckart.execute.progress import Progress, Silent
 from eckart.execute.worker import receive, send, serve
 
 SHORT_SECONDS = 2.0
@@ -53,86 +55,92 @@ def warm_up(workers: int | None) -> None:
 class _Worker:
     process: ForkServerProcess
     pipe: Connection
+    unit: object = None  # the one it was sent last
     task: Task | None = None
 
 
 @dataclass
-class _Pool:
-    """Workers that are started when there is a task for them, and killed at the end."""
+class Workers:
+    """Up to `count` worker processes, started when they are needed and killed at the end.
 
-    unit: Callable[..., Any]
-    workers: list[_Worker] = field(default_factory=list)
+    A context: leaving it, by a signal too, ends every worker at once, whatever it is doing.
+    """
 
-    def start(self) -> _Worker:
-        """Starts one more worker."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, self.unit), daemon=True)
-        with _no_main_module():
-            process.start()
-        theirs.close()
-        self.workers.append(_Worker(process, ours))
-        return self.workers[-1]
+    count: int
+    watch: Progress = field(default_factory=Silent)
+    alive: list[_Worker] = field(default_factory=list)
 
-    def kill(self) -> None:
-        """Ends every worker at once, whatever it is doing."""
-        for worker in self.workers:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.alive:
             worker.process.kill()
-        for worker in self.workers:
+        for worker in self.alive:
             worker.process.join()
             worker.pipe.close()
+        self.alive.clear()
 
+    def map(
+        self, unit: Callable[..., Any], tasks: Sequence[Task], title: str = ""
+    ) -> Iterator[tuple[str, Any]]:
+        """Calls the unit on every task; yields its name and result, as they are done.
 
-def run_local(
-    unit: Callable[..., Any], tasks: Sequence[Task], *, workers: int
-) -> Iterator[tuple[Task, Any]]:
-    """Calls the unit on every task; yields each task with its result, as they are done.
+        Who watches is told of the stage `title`, and of each task that is done. The longest are
+        begun first. With one worker, and none of them longer than two seconds, or little to do in
+        all, it happens in this process, one after the other; else in processes from a fork server
+        that has torch loaded. `unit`, arguments and results must be picklable. An exception of
+        the unit ends the run and is raised here; a worker that dies is replaced once.
+        """
+        queue = sorted(tasks, key=lambda task: -task.seconds)
+        total = sum(task.seconds for task in queue)
+        longest = queue[0].seconds if queue else 0.0
+        here = longest < SHORT_SECONDS and (self.count == 1 or total < WORTH_SECONDS)
+        self.watch.stage(title, total)
+        for task, result in _do(unit, queue) if here else self._share_out(unit, queue[::-1]):
+            self.watch.advance(task.seconds)
+            yield task.name, result
 
-    The longest are begun first. With one worker, and none of them longer than two seconds, or
-    little to do in all, it happens in this process, one after the other; else in `workers`
-    processes from a fork server that has torch loaded. `unit`, arguments and results must be
-    picklable. An exception of the unit ends the run and is raised here; a worker that dies is
-    replaced once. Leaving the loop, by a signal too, kills the workers.
-    """
-    queue = sorted(tasks, key=lambda task: -task.seconds)
-    total = sum(task.seconds for task in queue)
-    longest = queue[0].seconds if queue else 0.0
-    if longest < SHORT_SECONDS and (workers == 1 or total < WORTH_SECONDS):
-        for task in queue:
-            yield task, unit(*task.arguments)
-    else:
-        yield from _run_in_workers(unit, queue, min(workers, len(queue)))
-
-
-def _run_in_workers(
-    unit: Callable[..., Any], queue: list[Task], count: int
-) -> Generator[tuple[Task, Any]]:
-    pool, left = _Pool(unit), queue[::-1]
-    failures: dict[str, int] = {}
-    try:
-        for _ in range(count):
-            _give(pool.start(), left.pop())
-        while busy := [worker for worker in pool.workers if worker.task]:
+    def _share_out(self, unit: Callable[..., Any], left: list[Task]) -> Generator[tuple[Task, Any]]:
+        """Gives tasks to workers, from the end of the list, until every one has its result."""
+        failures = Counter[str]()
+        while len(self.alive) < min(self.count, len(left)):
+            self._start()
+        for worker in self.alive[: len(left)]:
+            _give(worker, unit, left.pop())
+        while busy := [worker for worker in self.alive if worker.task]:
             for worker in _ready(busy):
-                task = cast("Task", worker.task)
-                answer = _receive(worker)
+                task, answer = cast("Task", worker.task), _receive(worker)
+                worker.task = None
                 if answer is None:
-                    pool.workers.remove(worker)
-                    failures[task.name] = failures.get(task.name, 0) + 1
+                    self.alive.remove(worker)
+                    failures[task.name] += 1
                     if failures[task.name] == ATTEMPTS:
                         raise _died(task, worker)
-                    _give(pool.start(), task)
+                    _give(self._start(), unit, task)
                     continue
-                worker.task = None
                 if left:
-                    _give(worker, left.pop())
+                    _give(worker, unit, left.pop())
                 result, error = answer
                 if error is not None:
                     raise error
                 yield task, result
-    finally:
-        pool.kill()
+
+    def _start(self) -> _Worker:
+        """Starts one more worker."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs,), daemon=True)
+        with _no_main_module():
+            process.start()
+        theirs.close()
+        self.alive.append(_Worker(process, ours))
+        return self.alive[-1]
+
+
+def _do(unit: Callable[..., Any], queue: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
+    return ((task, unit(*task.arguments)) for task in queue)
 
 
 def _ready(workers: list[_Worker]) -> list[_Worker]:
@@ -141,9 +149,13 @@ def _ready(workers: list[_Worker]) -> list[_Worker]:
     return [w for w in workers if w.pipe in found or w.process.sentinel in found]
 
 
-def _give(worker: _Worker, task: Task) -> None:
-    worker.task = task
+def _give(worker: _Worker, unit: Callable[..., Any], task: Task) -> None:
+    """Sends a task, and before it the unit, where the worker has another one yet."""
+    if worker.unit is not unit:
+        send(worker.pipe, unit)
+        worker.unit = unit
     send(worker.pipe, task.arguments)
+    worker.task = task
 
 
 def _receive(worker: _Worker) -> tuple[Any, BaseException | None] | None:
