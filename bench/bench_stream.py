@@ -1,16 +1,18 @@
 """Times and measures `compress --rank 32` on synthetic bfloat16 checkpoints, as a user runs it.
 
-Protocol. Checkpoints of Llama's shapes (4096×4096 and 4096×1024 a layer), values Gaussian with a
-falling spectrum under them, in shards of 500 MB, of three sizes. For each:
+Protocol. Checkpoints of Llama's shapes (4096×4096 and 1024×4096), Gaussian values over a low rank,
+in shards of 500 MB, of three sizes. For each:
 
-- memory: the command in a process of its own under RLIMIT_DATA = the bare process (torch and eckart
-  imported, nothing read) + 8 × the largest matrix in float32, one worker, one thread. That it ends
-  well is the proof; the peak of its private memory (VmData) is sampled every 5 ms, and said in
-  parts of the limit, for the first and the last tenth of the run too;
-- time: the same command with one worker and one thread, against (a) reading the source and writing
-  the output's bytes, and (b) the kernels alone on matrices in memory: the truncated SVD, the other
-  factor, and the measurement of what was written. The ratio is to the larger of the two;
-- workers: two with one thread each against one.
+- memory: the command in a process of its own under RLIMIT_DATA = that of a process that has
+  imported torch and eckart and read nothing + 8 × the largest matrix in float32 (64 MiB), one
+  worker, one thread. That it ends well is the proof. Beside it the peak resident memory of the
+  same run (ru_maxrss), less that of the bare process, in largest matrices, and how much it grows
+  from the first checkpoint to the last;
+- time: one worker with one thread, a whole process; its start (the bare process) is measured too,
+  and taken off for the ratio to the larger of (a) reading the source and writing the output's
+  bytes, and (b) the kernels alone on matrices in memory: the truncated SVD, the other factor, and
+  the measurement of what was written;
+- workers: two with one thread each against one, start taken off both.
 
 Runs alternate; a ratio is the median of the rounds. Results are appended to `bench/RESULTS.md`.
 """
@@ -93,41 +95,33 @@ def command(source: Path, out: Path, workers: int) -> list[str]:
     return [eckart, *line, "--workers", str(workers), "--threads", "1", "-q"]
 
 
-def timed(source: Path, out: Path, workers: int) -> float:
-    """Returns the seconds of a whole run, process start included."""
-    shutil.rmtree(out, ignore_errors=True)
+def timed(line: list[str]) -> float:
+    """Returns the seconds of a whole process."""
     start = time.perf_counter()
-    subprocess.run(command(source, out, workers), check=True)
+    subprocess.run(line, check=True, capture_output=True)
     return time.perf_counter() - start
 
 
+def compress(source: Path, out: Path, workers: int) -> float:
+    """Returns the seconds of a whole run."""
+    shutil.rmtree(out, ignore_errors=True)
+    return timed(command(source, out, workers))
+
+
 def bare_bytes() -> int:
-    """Returns the private memory of a process that has done nothing yet."""
+    """Returns the private memory (VmData) of a process that has done nothing yet."""
     done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True, check=True)
     return 1024 * int(done.stdout)
 
 
-def peaks(source: Path, out: Path, limit: int) -> tuple[int, int, int]:
-    """Runs under a limit; returns the peak of VmData, and those of the first and last tenth."""
-    shutil.rmtree(out, ignore_errors=True)
-
-    samples: list[int] = []
-    line = [sys.executable, "-c", LIMITED, str(limit), *command(source, out, 1)]
-    with subprocess.Popen(line) as run:
-        status = Path(f"/proc/{run.pid}/status")
-        while run.poll() is None:
-            try:
-                lines = status.read_text().splitlines()
-            except OSError:
-                break
-            samples += [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData")]
-            time.sleep(0.005)
-        code = run.wait()
-    if code:
-        raise SystemExit(f"the run under {limit:,} bytes of RLIMIT_DATA ended with {code}")
-    tenth = max(len(samples) // 10, 1)
-    third = samples[3 * tenth : 4 * tenth]  # the first tenth or two is the start of Python
-    return max(samples), max(third), max(samples[-tenth:])
+def peak(line: list[str]) -> int:
+    """Returns the peak resident memory of a process; SystemExit unless it ends well."""
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL) as run:
+        _, status, used = os.wait4(run.pid, 0)
+        run.returncode = os.waitstatus_to_exitcode(status)
+    if run.returncode:
+        raise SystemExit(f"{line[:3]} ended with {run.returncode}")
+    return used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def bytes_alone(source: Path, out: Path, scratch: Path) -> float:
@@ -163,27 +157,29 @@ def rounds(count: int, *calls: Callable[[], float]) -> list[list[float]]:
     return [[call() for call in calls] for _ in range(count)]
 
 
-def row(source: Path, gigabytes: float, folder: Path, count: int) -> str:
-    """Returns one row of the table."""
-    out = folder / "out"
-    bare = bare_bytes()
-    limit = bare + COPIES * LARGEST
-    peak, first, last = peaks(source, out, limit)
+def row(source: Path, gigabytes: float, folder: Path, count: int) -> tuple[str, float]:
+    """Returns one row of the table, and the peak in largest matrices."""
+    out, bare = folder / "out", [sys.executable, "-c", BARE]
+    limit = bare_bytes() + COPIES * LARGEST
+    shutil.rmtree(out, ignore_errors=True)
+    limited = [sys.executable, "-c", LIMITED, str(limit), *command(source, out, 1)]
+    above = (peak(limited) - peak(bare)) / LARGEST
     times = rounds(
         count,
-        lambda: timed(source, out, 1),
+        lambda: timed(bare),
+        lambda: compress(source, out, 1),
         lambda: bytes_alone(source, out, folder / "scratch"),
         lambda: kernels_alone(source),
-        lambda: timed(source, out, 2),
+        lambda: compress(source, out, 2),
     )
-    one, moved, kernels, two = (statistics.median(column) for column in zip(*times, strict=True))
-    overhead = statistics.median(t[0] / max(t[1], t[2]) for t in times)
-    speedup = statistics.median(t[0] / t[3] for t in times)
-    return (
-        f"| {gigabytes} | {bare / 1e6:.0f} | {(peak - bare) / LARGEST:.1f} | "
-        f"{100 * (last / first - 1):+.1f} % | {one:.1f} | {moved:.1f} | {kernels:.1f} | "
-        f"**{overhead:.2f}** | {two:.1f} | **{speedup:.2f}** |"
+    start, one, moved, kernels, two = (statistics.median(c) for c in zip(*times, strict=True))
+    overhead = statistics.median((t[1] - t[0]) / max(t[2], t[3]) for t in times)
+    speedup = statistics.median((t[1] - t[0]) / (t[4] - t[0]) for t in times)
+    text = (
+        f"| {gigabytes} | {limit / 1e6:.0f} | {above:.2f} | {start:.1f} | {one:.1f} | "
+        f"{moved:.1f} | {kernels:.1f} | **{overhead:.2f}** | {two:.1f} | **{speedup:.2f}** |"
     )
+    return text, above
 
 
 def main() -> None:
@@ -200,18 +196,26 @@ def main() -> None:
         heading(),
         f"`compress --rank {RANK}`, one thread per matrix, RLIMIT_DATA = bare + {COPIES} × the "
         "largest matrix in float32 (64 MiB).\n",
-        "| GB | bare, MB | peak − bare, in largest matrices | growth | seconds | bytes alone "
-        "| kernels alone | **ratio to the larger** | two workers | **speed-up** |",
+        "| GB | RLIMIT_DATA held, MB | peak − bare, in largest matrices | start, s | one worker, s "
+        "| bytes alone, s | kernels alone, s | **ratio to the larger** | two workers, s "
+        "| **speed-up** |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
+    found: list[float] = []
+    base = peak([sys.executable, "-c", BARE])
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         for size in options.sizes:
             source = Path(name) / "source"
             write_checkpoint(source, size)
-            lines.append(row(source, size, Path(name), options.rounds))
-            print(lines[-1], flush=True)
+            text, above = row(source, size, Path(name), options.rounds)
+            lines.append(text)
+            found.append(above)
+            print(text, flush=True)
             shutil.rmtree(source)
+    growth = (found[-1] * LARGEST + base) / (found[0] * LARGEST + base) - 1
+    lines += ["", f"- peak resident memory, from the first to the last: {growth:+.1%}"]
+    print(lines[-1])
     if not options.no_ledger:
         with LEDGER.open("a", encoding="utf-8") as ledger:
             ledger.write("\n".join(lines) + "\n")

@@ -5,17 +5,18 @@ bytes that were written, read back.
 """
 
 import hashlib
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from eckart.assemble.measurement import bias_of, count, measure, tail
+from eckart.assemble.measurement import Measured, bias_of, count, measure, tail
 from eckart.certificate import FactoredEntry, MatrixRecord
 from eckart.checkpoint.header import DTYPES, TensorInfo
 from eckart.checkpoint.paths import printable
-from eckart.checkpoint.source import Checkpoint, Source
+from eckart.checkpoint.source import Checkpoint, Source, bytes_of
 from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout
 from eckart.decompose import Decomposition
 from eckart.decompose.request import FLOPS, threads_for
@@ -24,7 +25,7 @@ from eckart.formats import dense, factored
 from eckart.formats.factored import Product
 from eckart.linalg.arrays import check_finite
 from eckart.linalg.factors import pivot
-from eckart.matrix import FactorForm, Matrix
+from eckart.matrix import Matrix
 
 BYTES_PER_SECOND = 1e9
 WIDE = ("F64", "F32")
@@ -109,39 +110,47 @@ class Filler:
     def _copy(self, order: Copy) -> Filled:
         seen, offset = hashlib.sha256(), 0
         for piece in self.source.chunks(order.name):
-            seen.update(piece.numpy().data)
+            seen.update(bytes_of(piece))
             self.files.write(order.stored, piece, offset)
             offset += len(piece)
         return Filled(order.name, seen.hexdigest())
 
     def _factor(self, order: Factor) -> Filled:
         name, entry, known = order.name, order.entry, order.decomposition
-        matrix, written = factored.matrix_of(entry), self._written(name, entry, order.dtype)
-        seen = hashlib.sha256()
+        matrix, crc = factored.matrix_of(entry), 0
+        written = self._written(factored.layout(name, entry, order.dtype))
 
         def pairs() -> Iterator[tuple[Tensor, Product]]:
+            nonlocal crc
             for index in range(matrix.count):
                 stored = self.source.load(name, index, index + 1 if matrix.is_stack else None)
-                seen.update(stored.reshape(-1).view(torch.uint8).numpy().data)
+                crc = zlib.crc32(bytes_of(stored), crc)
                 W = matrix.read(stored)
-                product = product_of(known, W, entry.rank, entry.form, order.dtype, index)
-                for part, tensor in factored.encode(name, entry, product).items():
-                    if tensor.is_floating_point():
-                        _check_overflow(tensor, part)
-                    self.files.write(part, tensor, index * tensor.numel() * tensor.itemsize)
+                self._write(order, product_of(known, W, entry, order.dtype, index), index)
                 yield W, factored.decode(written, name, entry, index)
 
         bias = bias_of(self.source, f"{factored.module_of(name)}.bias", matrix)
         measured = measure(pairs(), bias, seed=self.seed, name=name)
-        if seen.hexdigest() != known.source_digest:
+        if crc != known.source_crc:
             raise CheckpointError(
                 f"{printable(name)} in {printable(self.source.path)} is not what it was when it "
                 "was decomposed: the file was changed meanwhile. Start again when it is complete."
             )
-        info, spectrum = self.source.tensors[name], known.spectrum
+        return Filled(name, known.source_digest, self._record(order, measured))
+
+    def _write(self, order: Factor, product: Product, index: int) -> None:
+        """Puts the factors of one matrix in their places."""
+        for part, tensor in factored.encode(order.name, order.entry, product).items():
+            if tensor.is_floating_point():
+                _check_overflow(tensor, part)
+            self.files.write(part, tensor, index * tensor.numel() * tensor.itemsize)
+
+    def _record(self, order: Factor, measured: Measured) -> MatrixRecord:
+        info, entry, known = self.source.tensors[order.name], order.entry, order.decomposition
         parameters, sizes = count(info, entry, order.dtype)
-        record = MatrixRecord(
-            name=name,
+        optimum = known.spectrum.relative_error(entry.rank) if known.all_values else None
+        return MatrixRecord(
+            name=order.name,
             shape=entry.shape,
             dtype=info.dtype,
             orientation=entry.orientation,
@@ -151,13 +160,12 @@ class Filler:
             bytes=sizes,
             relative_error=measured.relative_error,
             excess_estimate=known.excess_estimate,
-            optimum=spectrum.relative_error(entry.rank) if spectrum.complete else None,
+            optimum=optimum,
             output_error=measured.outputs,
             metric="frobenius",
             method=known.method,
-            tail=tail(spectrum, entry.rank),
+            tail=tail(known.spectrum, entry.rank),
         )
-        return Filled(name, seen.hexdigest(), record)
 
     def _multiply(self, order: Multiply) -> Filled:
         name, entry = order.name, order.entry
@@ -165,7 +173,7 @@ class Filler:
         for stored in dense.encode(self.source, name, entry, order.dtype):
             self.files.write(name, stored, offset)
             offset += stored.numel() * stored.itemsize
-        written = self._source({name})
+        written = self._written({name})
         pairs = (
             (matrix.load(written, name, index), factored.decode(self.source, name, entry, index))
             for index in range(matrix.count)
@@ -194,10 +202,7 @@ class Filler:
         )
         return Filled(name, None, record)
 
-    def _written(self, name: str, entry: FactoredEntry, dtype: str) -> Checkpoint:
-        return self._source(factored.layout(name, entry, dtype))
-
-    def _source(self, names: Iterable[str]) -> Checkpoint:
+    def _written(self, names: Iterable[str]) -> Checkpoint:
         """Some of the tensors of the staged files, as they stand there."""
         tensors: dict[str, TensorInfo] = {}
         for name in names:
@@ -208,17 +213,13 @@ class Filler:
         return Checkpoint(self.files.folder, tensors)
 
 
-def product_of(  # noqa: PLR0917 one matrix, and how it is to be written
-    decomposition: Decomposition,
-    W: Tensor,
-    rank: int,
-    form: FactorForm,
-    dtype: str,
-    index: int = 0,
+def product_of(
+    decomposition: Decomposition, W: Tensor, entry: FactoredEntry, dtype: str, index: int = 0
 ) -> Product:
     """Returns the factors of one matrix as they are written: rounded to `dtype`."""
-    factors = decomposition.factors(W, rank, index, wide=dtype in WIDE or form == "pivoted")
-    return (pivot(factors) if form == "pivoted" else factors).to(DTYPES[dtype])
+    pivoted = entry.form == "pivoted"
+    factors = decomposition.factors(W, entry.rank, index, wide=dtype in WIDE or pivoted)
+    return (pivot(factors) if pivoted else factors).to(DTYPES[dtype])
 
 
 def _product_seconds(entry: FactoredEntry) -> float:

@@ -12,6 +12,7 @@ import torch
 from eckart.allocate import Budget, Choice, Item, RankPolicy, Terms
 from eckart.assemble.filling import product_of
 from eckart.assemble.measurement import measure_error
+from eckart.certificate import FactoredEntry
 from eckart.checkpoint.source import Source
 from eckart.decompose import Decomposition
 from eckart.decompose.request import FLOPS, threads_for
@@ -97,8 +98,11 @@ class Settler:
         return case.decomposition.rank // self.terms.align * self.terms.align
 
     def _error(self, case: Unsettled, rank: int, form: FactorForm) -> float:
+        entry = FactoredEntry(
+            rank=rank, form=form, shape=case.matrix.stored, orientation=case.matrix.orientation
+        )
         pairs = (
-            (W, product_of(case.decomposition, W, rank, form, case.dtype, index))
+            (W, product_of(case.decomposition, W, entry, case.dtype, index))
             for index in range(case.matrix.count)
             for W in [case.matrix.load(self.source, case.name, index)]
         )

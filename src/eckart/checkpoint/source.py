@@ -81,7 +81,7 @@ class Source(ABC):
             assert 0 <= start <= stop <= rows, f"{name}: rows {start} … {stop} of {rows}"
             shape, offset = (stop - start, *shape[1:]), start * (info.nbytes // max(rows, 1))
         buffer = torch.empty(shape, dtype=dtype)
-        self.read(name, _bytes(buffer), offset)
+        self.read(name, bytes_of(buffer), offset)
         return buffer
 
     def chunks(self, name: str) -> Iterator[Tensor]:
@@ -89,14 +89,14 @@ class Source(ABC):
         size = self.tensors[name].nbytes
         for offset in range(0, size, CHUNK_BYTES):
             piece = torch.empty(min(CHUNK_BYTES, size - offset), dtype=torch.uint8)
-            self.read(name, _bytes(piece), offset)
+            self.read(name, bytes_of(piece), offset)
             yield piece
 
     def digest(self, name: str) -> str:
         """Returns the SHA-256 of a tensor's bytes. Cost: reads it once."""
         found = hashlib.sha256()
         for piece in self.chunks(name):
-            found.update(_bytes(piece))
+            found.update(bytes_of(piece))
         return found.hexdigest()
 
     def check_unchanged(self) -> None:
@@ -159,6 +159,6 @@ class Checkpoint(Source):
             os.close(descriptor)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Returns the memory of a contiguous tensor."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data

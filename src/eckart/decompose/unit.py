@@ -5,13 +5,14 @@ calls it.
 """
 
 import hashlib
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from eckart.checkpoint.source import Source
+from eckart.checkpoint.source import Source, bytes_of
 from eckart.decompose.part import About, Decomposition, write_part
 from eckart.decompose.request import Request, threads_for
 from eckart.errors import FactorizationError
@@ -66,11 +67,12 @@ class Decomposer:
     def _decompose(
         self, name: str, matrix: Matrix, request: Request, part: Path
     ) -> Decomposition | Failure:
-        seen = hashlib.sha256()
+        seen, crc = hashlib.sha256(), 0
         found: list[_Found] = []
         for index in range(matrix.count):
             stored = self.source.load(name, index, index + 1 if matrix.is_stack else None)
-            seen.update(stored.reshape(-1).view(torch.uint8).numpy().data)
+            seen.update(bytes_of(stored))
+            crc = zlib.crc32(bytes_of(stored), crc)
             label = f"{name}[{index}]" if matrix.is_stack else name
             try:
                 found.append(self._find(matrix.read(stored), request, label))
@@ -80,6 +82,7 @@ class Decomposer:
             name=name,
             identity=self.identity,
             source=seen.hexdigest(),
+            crc=crc,
             shape=matrix.shape,
             rank=len(found[0].vectors),
             energy=sum(one.energy for one in found),
