@@ -6,7 +6,7 @@ in shards of 500 MB, of three sizes. For each:
 - memory: the command in a process of its own under RLIMIT_DATA = that of a process that has
   imported torch and eckart and read nothing + 8 × the largest matrix in float32 (64 MiB), one
   worker, one thread. That it ends well is the proof. Beside it the peak resident memory of the
-  same run (ru_maxrss), less that of the bare process, in largest matrices, and how much it grows
+  same run (VmHWM), less that of the bare process, in largest matrices, and how much it grows
   from the first checkpoint to the last;
 - time: one worker with one thread, a whole process; its start (the bare process) is measured too,
   and taken off for the ratio to the larger of (a) reading the source and writing the output's
@@ -18,6 +18,7 @@ Runs alternate; a ratio is the median of the rounds. Results are appended to `be
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -115,13 +116,23 @@ def bare_bytes() -> int:
 
 
 def peak(line: list[str]) -> int:
-    """Returns the peak resident memory of a process; SystemExit unless it ends well."""
+    """Returns the peak resident memory of a process; SystemExit unless it ends well.
+
+    VmHWM, which only grows, looked at every 5 ms. (ru_maxrss would include the process that forked
+    it.)
+    """
+    highest = 0
     with subprocess.Popen(line, stdout=subprocess.DEVNULL) as run:
-        _, status, used = os.wait4(run.pid, 0)
-        run.returncode = os.waitstatus_to_exitcode(status)
+        status = Path(f"/proc/{run.pid}/status")
+        while run.poll() is None:
+            with contextlib.suppress(OSError):
+                words = status.read_text().split()
+                if "VmHWM:" in words:  # not in a process that is about to end
+                    highest = int(words[words.index("VmHWM:") + 1]) * 1024
+            time.sleep(0.005)
     if run.returncode:
         raise SystemExit(f"{line[:3]} ended with {run.returncode}")
-    return used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return highest
 
 
 def bytes_alone(source: Path, out: Path, scratch: Path) -> float:
