@@ -5,9 +5,9 @@ in shards of 500 MB, of three sizes. For each:
 
 - memory: the command in a process of its own under RLIMIT_DATA = that of a process that has
   imported torch and eckart and read nothing + 8 × the largest matrix in float32 (64 MiB), one
-  worker, one thread. That it ends well, in every round, is the proof. Beside it the peak resident memory of the
-  same run (VmHWM), less that of the bare process, in largest matrices, and how much it grows
-  from the first checkpoint to the last;
+  worker, one thread. That it ends well, in every round, is the proof. Beside it the highest peak
+  of resident memory (VmHWM), less that of the bare process, in largest matrices, and how much it
+  grows from the first checkpoint to the last;
 - time: one worker with one thread, a whole process; its start (the bare process) is measured too,
   and taken off for the ratio to the larger of (a) reading the source and writing the output's
   bytes, and (b) the kernels alone on matrices in memory: the truncated SVD, the other factor, and

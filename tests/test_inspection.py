@@ -6,8 +6,8 @@ import pytest
 import torch
 from builders import decaying, eckart, write_checkpoint
 
-from eckart import inspect, inspection
-from eckart.errors import InputError
+from eckart import inspect, inspection, planning
+from eckart.errors import InputError, ResourceError
 from eckart.execute import local
 from eckart.linalg.matrices import matrix_with_spectrum, named_generator, random_low_rank
 
@@ -172,3 +172,11 @@ def test_a_rank_that_rounding_may_hide_is_no_reason_to_factor(tmp_path):
     assert row.signal_rank is not None
     assert row.signal_rank < row.break_even < (row.numerical_rank or 0)
     assert "error below rounding" not in row.verdict
+
+
+def test_a_matrix_that_cannot_fit_is_refused_before_it_is_read(src, monkeypatch):
+    """Exit 5, with the number."""
+    monkeypatch.setattr(planning, "free_memory", lambda: 10_000)
+
+    with pytest.raises(ResourceError, match=r"may need [\d,]+ bytes of memory, and 10,000 are"):
+        inspect(src)

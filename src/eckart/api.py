@@ -40,6 +40,7 @@ from eckart.planning import (
     open_dense,
     policy_of,
     resources_for,
+    spread,
     with_base,
     workers_for,
 )
@@ -157,7 +158,7 @@ def compress(
         dtype=dtype,
         allow_pickle=allow_pickle,
     )
-    spread = resources_for(targets, workers=workers, threads=threads)
+    count = resources_for(targets, workers=workers, threads=threads)
     source, target, named = targets.source, Path(out), Path(work) if work else None
     check_output(target, inputs=[source.path], force=force)
     check_room(targets, target, named)
@@ -173,10 +174,10 @@ def compress(
         "threads": threads,
     }
     with new_output(target, inputs=[source.path], force=force) as run:
-        job = Job(source, run.staged, seed, options, shard_bytes, threads, spread)
+        job = Job(source, run.staged, seed, options, shard_bytes, threads, count)
         with (
             work_folder(run, named, job, targets) as work_done,
-            Workers(spread, progress or Silent()) as crew,
+            Workers(count, progress or Silent()) as crew,
         ):
             decompose_all(work_done, targets, job, crew)
             choices = choose(work_done, targets, job, crew)
@@ -206,13 +207,13 @@ def densify(
     factors = {record.name: known.entry(record) for record in known.matrices}
     assembly = dense_assembly(source, factors)
     copied = {name: "not factored" for name in assembly.orders if name not in factors}
-    spread = workers_for([entry.shape for entry in factors.values()], workers, threads)
+    count = workers_for([entry.shape for entry in factors.values()], workers, threads)
     with new_output(target, inputs=[folder], force=force) as run:
         options: Options = {"seed": 0, "threads": threads}
-        job = Job(source, run.staged, 0, options, shard_bytes, threads, spread)
+        job = Job(source, run.staged, 0, options, shard_bytes, threads, count)
         accounts = Accounts({}, copied, factors.keys())
         config: dict[str, object] = {"quantization_config": None}
-        with Workers(spread, progress or Silent()) as crew:
+        with Workers(count, progress or Silent()) as crew:
             return write_assembly(assembly, "dense", accounts, config, job, crew)
 
 
@@ -250,8 +251,9 @@ def inspect(
         found, reasons = with_base(found, reasons, source, origin)
     unit = Inspector(source, origin, seed, full, threads)
     tasks = [Task(name, (name, matrix), unit.seconds(matrix)) for name, matrix in found.items()]
-    spread = workers_for([matrix.stored for matrix in found.values()], workers, threads)
-    with Workers(spread, progress or Silent()) as crew:
+    peaks = {name: unit.peak_bytes(name, matrix) for name, matrix in found.items()}
+    count = spread(peaks, found, workers=workers, threads=threads)
+    with Workers(count, progress or Silent()) as crew:
         rows = dict(crew.map(unit, tasks, "inspecting"))
     source.check_unchanged()
     return InspectionReport(

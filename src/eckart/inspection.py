@@ -8,8 +8,9 @@ from torch import Tensor
 
 from eckart.allocate import cost
 from eckart.certificate import Delta, Inspection, Summary
+from eckart.checkpoint.header import DTYPES
 from eckart.checkpoint.source import Source
-from eckart.decompose.request import FLOPS, threads_for
+from eckart.decompose.request import FLOPS, on_threads, threads_for
 from eckart.errors import RankError
 from eckart.linalg.arrays import working_dtype
 from eckart.linalg.gram import gram_values
@@ -48,14 +49,21 @@ class Inspector:
         k = min(m, n) if self._is_whole(matrix.shape) else LEADING
         return matrix.count * 6 * m * n * k / (FLOPS * threads_for(matrix.shape))
 
+    def peak_bytes(self, name: str, matrix: Matrix) -> int:
+        """Returns the most memory that it may need, on top of the bare process.
+
+        The matrix and its base as stored, what they are computed in, and a Gram matrix with the
+        workspace of its eigenproblem; or, beyond, the ladder's float64 rung for values alone.
+        """
+        (m, n), itemsize = matrix.shape, DTYPES[self.source.tensors[name].dtype].itemsize
+        held = m * n * (2 * itemsize + 4 * max(4, itemsize))
+        values = max(4 * min(m, n) ** 2, 3 * m * n) if self._is_whole(matrix.shape) else 0
+        return held + 8 * values
+
     def __call__(self, name: str, matrix: Matrix) -> Inspection:
         """Reads and looks. Peak memory: one matrix, and what its singular values take."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads or threads_for(matrix.shape))
-        try:
+        with on_threads(matrix.shape, self.threads):
             return self._inspect(name, matrix)
-        finally:
-            torch.set_num_threads(before)
 
     def _inspect(self, name: str, matrix: Matrix) -> Inspection:
         values, energies, ranks, signals = list[Tensor](), list[float](), list[int | None](), []

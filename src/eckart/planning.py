@@ -144,25 +144,36 @@ def find_targets(
 
 
 def resources_for(targets: Targets, *, workers: int | None, threads: int | None) -> int:
-    """Returns how many workers run, so that each has its threads and, on its worst rung, memory.
-
-    Raises ResourceError, with the numbers, where a matrix cannot fit.
-    """
+    """Returns how many workers decompose, so that each has its threads and its memory."""
     peaks = {
         name: peak_bytes(targets.matrices[name], request, targets.items[name].dense_itemsize)
         for name, request in targets.requests.items()
     }
-    name = max(peaks, key=lambda name: peaks[name], default=None)
-    shapes = [targets.matrices[name].shape for name in peaks]
-    chosen = workers_for(shapes, workers, threads)
-    if name is None:
+    return spread(peaks, targets.matrices, workers=workers, threads=threads)
+
+
+def spread(
+    peaks: Mapping[str, int],
+    matrices: Mapping[str, Matrix],
+    *,
+    workers: int | None,
+    threads: int | None,
+) -> int:
+    """Returns how many workers run, so that each has its threads and, at its worst, its memory.
+
+    `peaks` are the most bytes that each matrix may take. Raises ResourceError, with the numbers,
+    where one cannot fit.
+    """
+    chosen = workers_for([matrices[name].stored for name in peaks], workers, threads)
+    if not peaks:
         return chosen
+    name = max(peaks, key=lambda name: peaks[name])
     peak, together, alone = peaks[name], free_memory(), free_in_process()
     if peak > min(together, alone):
         raise ResourceError(
-            f"{printable(name)} ({'×'.join(map(str, targets.matrices[name].stored))}) may need "
-            f"{peak:,} bytes of memory to be decomposed, and {min(together, alone):,} are free: "
-            "leave it out with --exclude, or take a machine with more."
+            f"{printable(name)} ({'×'.join(map(str, matrices[name].stored))}) may need {peak:,} "
+            f"bytes of memory, and {min(together, alone):,} are free: leave it out with --exclude, "
+            "or take a machine with more."
         )
     fitting = together // peak
     if workers is not None and workers > fitting:

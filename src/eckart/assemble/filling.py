@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from eckart.assemble.measurement import Measured, bias_of, count, measure, tail
@@ -19,7 +18,7 @@ from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Checkpoint, Source, bytes_of
 from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout
 from eckart.decompose import Decomposition
-from eckart.decompose.request import FLOPS, threads_for
+from eckart.decompose.request import FLOPS, on_threads, threads_for
 from eckart.errors import CheckpointError, NonFiniteError, PromiseError
 from eckart.formats import dense, factored
 from eckart.formats.factored import Product
@@ -100,12 +99,8 @@ class Filler:
         """Reads, writes, reads back and measures. Peak memory: one matrix, and two copies of it."""
         if isinstance(order, Copy):
             return self._copy(order)
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads or threads_for(factored.matrix_of(order.entry).shape))
-        try:
+        with on_threads(factored.matrix_of(order.entry).shape, self.threads):
             return self._factor(order) if isinstance(order, Factor) else self._multiply(order)
-        finally:
-            torch.set_num_threads(before)
 
     def _copy(self, order: Copy) -> Filled:
         seen, offset = hashlib.sha256(), 0

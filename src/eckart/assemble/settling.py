@@ -7,15 +7,13 @@ forms compete under a budget, the one with the smaller error in the same space i
 import math
 from dataclasses import dataclass
 
-import torch
-
 from eckart.allocate import Budget, Choice, Item, RankPolicy, Terms
 from eckart.assemble.filling import product_of
 from eckart.assemble.measurement import measure_error
 from eckart.certificate import FactoredEntry
 from eckart.checkpoint.source import Source
 from eckart.decompose import Decomposition
-from eckart.decompose.request import FLOPS, threads_for
+from eckart.decompose.request import FLOPS, on_threads, threads_for
 from eckart.matrix import FactorForm, Matrix
 
 SLACK = 1e-9
@@ -51,14 +49,10 @@ class Settler:
 
     def __call__(self, case: Unsettled) -> Choice:
         """Measures the candidates. Cost: a residual each; as a rule one, or two of forms."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads or threads_for(case.matrix.shape))
-        try:
+        with on_threads(case.matrix.shape, self.threads):
             if isinstance(self.policy, Budget):
                 return self._form(case, self.policy)
             return self._raised(case, self.policy.allowed or 0.0)
-        finally:
-            torch.set_num_threads(before)
 
     def _raised(self, case: Unsettled, promised: float) -> Choice:
         form: FactorForm = "pivoted" if self.terms.form == "pivoted" else "ba"

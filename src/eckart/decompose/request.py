@@ -3,7 +3,11 @@
 All of it from shapes alone, so that a plan is the same on every machine.
 """
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import torch
 
 from eckart.linalg.truncated import prefers_exact, tries_exact
 from eckart.matrix import Matrix, Shape
@@ -50,6 +54,17 @@ def threads_for(shape: Shape) -> int:
     """
     m, n = shape
     return 1 if m * n <= 2**24 else 2 if m * n <= 2**26 else 4
+
+
+@contextmanager
+def on_threads(shape: Shape, threads: int | None) -> Generator[None]:
+    """Computes on the threads asked for, or on those for the shape; afterwards as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or threads_for(shape))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def seconds_for(matrix: Matrix, request: Request, threads: int) -> float:

@@ -9,12 +9,11 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from eckart.checkpoint.source import Source, bytes_of
 from eckart.decompose.part import About, Decomposition, write_part
-from eckart.decompose.request import Request, threads_for
+from eckart.decompose.request import Request, on_threads
 from eckart.errors import FactorizationError
 from eckart.linalg.arrays import working_dtype
 from eckart.linalg.gram import short_side_svd
@@ -56,13 +55,8 @@ class Decomposer:
         self, name: str, matrix: Matrix, request: Request, part: Path
     ) -> Decomposition | Failure:
         """Reads, decomposes, writes. Peak memory: one matrix and its SVD."""
-        threads = self.threads or threads_for(matrix.shape)
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+        with on_threads(matrix.shape, self.threads):
             return self._decompose(name, matrix, request, part)
-        finally:
-            torch.set_num_threads(before)
 
     def _decompose(
         self, name: str, matrix: Matrix, request: Request, part: Path
