@@ -32,7 +32,7 @@ from eckart.errors import (
     StorageError,
     UsageError,
 )
-from eckart.execute import local
+from eckart.execute import local, machine
 from eckart.linalg.matrices import random_low_rank
 
 KEEP = {"keep": 0.6, "form": "auto"}
@@ -399,7 +399,7 @@ def test_a_matrix_that_cannot_fit_is_refused_with_the_number(src, tmp_path, monk
 def test_workers_are_no_more_than_memory_holds(src, tmp_path, monkeypatch):
     """Asked for, they are refused with the number that fits; by default there are fewer."""
     monkeypatch.setattr(planning, "free_memory", lambda: 100_000)
-    monkeypatch.setattr(planning, "cores", lambda: 64)
+    monkeypatch.setattr(machine, "cores", lambda: 64)
 
     with pytest.raises(ResourceError, match="use --workers 2"):
         compress(src, tmp_path / "out", **KEEP, workers=3)

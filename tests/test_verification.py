@@ -25,7 +25,9 @@ from safetensors.torch import save
 
 from eckart import api, compress, densify, verify
 from eckart.assemble import measurement
+from eckart.decompose import request as requests
 from eckart.errors import EckartError, PromiseError
+from eckart.execute import local
 
 FORMS = ("ba", "pivoted")
 TINY = {"q.weight": decaying("q", 6, 5), "q.bias": torch.ones(6), "n": torch.tensor(1.5)}
@@ -368,7 +370,7 @@ def test_a_number_too_large_for_a_float_is_a_damaged_certificate(pair):
     assert eckart("verify", out).code == 6
 
 
-def test_rounding_on_another_machine_is_no_broken_promise(tmp_path):
+def test_rounding_on_another_machine_is_no_broken_promise(tmp_path, monkeypatch):
     """An error at the level of float64 rounding may come out differently with other threads."""
     ones = {
         f"m{i}.weight": torch.full((n, n), 0.1, dtype=torch.float64) for i, n in [(0, 64), (1, 500)]
@@ -376,14 +378,22 @@ def test_rounding_on_another_machine_is_no_broken_promise(tmp_path):
     exact = torch.randn(300, 2, dtype=torch.float64) @ torch.randn(2, 400, dtype=torch.float64)
     src, out = write_checkpoint(tmp_path / "src", {**ones, "r.weight": exact}), tmp_path / "out"
     compress(src, out, rank=2)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2 if before == 1 else 1)
-    try:
-        checks = verify(out, src)
-    finally:
-        torch.set_num_threads(before)
+    monkeypatch.setattr(requests, "threads_for", lambda _: 2)
 
-    assert [check for check in checks if not check.held] == []
+    assert [check for check in verify(out, src) if not check.held] == []
+
+
+@pytest.mark.parametrize("tampering", [None, *TAMPERINGS])
+def test_workers_find_the_same(tampering, pair, monkeypatch):
+    """In this process or in two: the same checks, held or not."""
+    src, out = pair
+    if tampering:
+        rewrite(out, TAMPERINGS[tampering])
+    here = verify(out, src)
+    monkeypatch.setattr(local, "SHORT_SECONDS", -1.0)
+
+    assert verify(out, src, workers=2) == here
+    assert all(check.held for check in here) == (tampering is None)
 
 
 def test_an_error_that_is_rounding_alone_may_come_out_differently(tmp_path, monkeypatch):

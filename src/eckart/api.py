@@ -29,7 +29,7 @@ from eckart.compression import (
     write_factored,
 )
 from eckart.errors import CheckpointError
-from eckart.execute import Progress, Silent, Task, Workers
+from eckart.execute import Progress, Silent, Task, Workers, workers_for
 from eckart.families import matrices
 from eckart.inspection import Inspector, summary
 from eckart.planning import (
@@ -42,7 +42,6 @@ from eckart.planning import (
     resources_for,
     spread,
     with_base,
-    workers_for,
 )
 from eckart.verification import Check, check_files, verify_output
 
@@ -218,11 +217,17 @@ def densify(
 
 
 def verify(
-    out: PathLike, against: PathLike | None = None, *, allow_pickle: bool = False
+    out: PathLike,
+    against: PathLike | None = None,
+    *,
+    workers: int | None = None,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
 ) -> list[Check]:
     """Returns what was checked of an output folder; see `eckart.verification.verify_output`."""
+    source = None if against is None else Path(against)
     return verify_output(
-        Path(out), None if against is None else Path(against), allow_pickle=allow_pickle
+        Path(out), source, workers=workers, allow_pickle=allow_pickle, watch=progress
     )
 
 

@@ -20,9 +20,9 @@ from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
 from eckart.checkpoint.writer import CERTIFICATE
 from eckart.decompose import Request
-from eckart.decompose.request import part_bytes, peak_bytes, threads_for
+from eckart.decompose.request import part_bytes, peak_bytes
 from eckart.errors import CheckpointError, InputError, ResourceError, UsageError
-from eckart.execute import cores, free_in_process, free_memory
+from eckart.execute import free_in_process, free_memory, workers_for
 from eckart.families import FLOATING, is_routed_expert, matrices
 from eckart.matrix import Matrix
 
@@ -182,15 +182,6 @@ def spread(
             f"are free: use --workers {fitting}."
         )
     return min(chosen, fitting)
-
-
-def workers_for(shapes: Sequence[tuple[int, ...]], workers: int | None, threads: int | None) -> int:
-    """Returns the workers asked for, or as many as have their threads on this machine."""
-    for option, number in (("--workers", workers), ("--threads", threads)):
-        if number is not None and number < 1:
-            raise UsageError(f"{option} {number} is out of range: choose a whole number from 1.")
-    most = max((threads_for(Matrix(shape).shape) for shape in shapes), default=1)
-    return workers or max(cores() // (threads or most), 1)
 
 
 def open_dense(path: Path, *, allow_pickle: bool = False) -> Source:

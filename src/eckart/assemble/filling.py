@@ -56,7 +56,7 @@ class Factor:
     @property
     def seconds(self) -> float:
         """About how long it takes: one product to make the factors, one to measure them."""
-        return _product_seconds(self.entry)
+        return product_seconds(self.entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Multiply:
     @property
     def seconds(self) -> float:
         """About how long it takes."""
-        return _product_seconds(self.entry)
+        return product_seconds(self.entry)
 
 
 Order = Copy | Factor | Multiply
@@ -217,7 +217,8 @@ def product_of(
     return (pivot(factors) if pivoted else factors).to(DTYPES[dtype])
 
 
-def _product_seconds(entry: FactoredEntry) -> float:
+def product_seconds(entry: FactoredEntry) -> float:
+    """Returns about how long it takes to make factors, or to measure them."""
     matrix: Matrix = factored.matrix_of(entry)
     m, n = matrix.shape
     flops = 8 * m * n * entry.rank * matrix.count

@@ -223,15 +223,20 @@ def verify(
     against: Annotated[
         Path | None, typer.Option("--against", metavar="SRC", help="What it was made from.")
     ] = None,
+    workers: Workers = None,
     allow_pickle: AllowPickle = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Recompute what the certificate claims, from the files; exit 6 if it does not hold."""
+    warm_up(1 if against is None else workers)
     from eckart import api
     from eckart.screen import check_table
 
-    checks = api.verify(output, against, allow_pickle=allow_pickle)
+    with watching(quiet=quiet or json) as progress:
+        checks = api.verify(
+            output, against, workers=workers, allow_pickle=allow_pickle, progress=progress
+        )
     failed = [check for check in checks if not check.held]
     if json:
         print_json({"held": not failed, "checks": checks})

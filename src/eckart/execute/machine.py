@@ -2,7 +2,10 @@
 
 import os
 import resource
+from collections.abc import Sequence
 from pathlib import Path
+
+from eckart.errors import UsageError
 
 CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -19,6 +22,19 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux: less than all of them in a container
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def workers_for(shapes: Sequence[tuple[int, ...]], workers: int | None, threads: int | None) -> int:
+    """Returns the workers asked for, or as many as have their threads on this machine."""
+    for option, number in (("--workers", workers), ("--threads", threads)):
+        if number is not None and number < 1:
+            raise UsageError(f"{option} {number} is out of range: choose a whole number from 1.")
+    # torch, which `warm_up` must not wait for
+    from eckart.decompose.request import threads_for
+    from eckart.matrix import Matrix
+
+    most = max((threads_for(Matrix(shape).shape) for shape in shapes), default=1)
+    return workers or max(cores() // (threads or most), 1)
 
 
 def free_memory() -> int:

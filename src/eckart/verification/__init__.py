@@ -3,6 +3,7 @@
 Knows the formats and the certificate; must not know how the output was made.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from eckart.certificate import Certificate, read_certificate
@@ -10,7 +11,8 @@ from eckart.checkpoint.opening import open_checkpoint, open_source
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
 from eckart.errors import CheckpointError, PromiseError
-from eckart.verification.against import check_accounts, checks_against
+from eckart.execute import Progress, Silent, Workers, workers_for
+from eckart.verification.against import check_accounts, checks_against, digests_of
 from eckart.verification.alone import (
     check_claims,
     check_config,
@@ -25,7 +27,12 @@ __all__ = ["Check", "check_files", "verify_output"]
 
 
 def verify_output(
-    out: Path, against: Path | None = None, *, allow_pickle: bool = False
+    out: Path,
+    against: Path | None = None,
+    *,
+    workers: int | None = None,
+    allow_pickle: bool = False,
+    watch: Progress | None = None,
 ) -> list[Check]:
     """Returns the checks of an output folder; those that failed have `held` False.
 
@@ -54,16 +61,24 @@ def verify_output(
     if against is None:
         return checks
     source = open_source(against, allow_pickle=allow_pickle)
-    digests = {name: source.digest(name) for name in source.tensors}
+    count = workers_for([record.shape for record in certificate.matrices], workers, None)
+    with Workers(count, watch or Silent()) as crew:
+        return [*checks, *_against(written, source, certificate, crew)]
+
+
+def _against(
+    written: Source, source: Source, certificate: Certificate, crew: Workers
+) -> Iterator[Check]:
+    digests = digests_of(source, source.tensors, crew)
     if source.fingerprint(digests) != certificate.source.fingerprint:
         raise CheckpointError(
-            f"{printable(against)} is not the checkpoint that {printable(out)} was made from "
-            f"({printable(certificate.source.name)}): its weights differ."
+            f"{printable(source.path)} is not the checkpoint that {printable(written.path)} was "
+            f"made from ({printable(certificate.source.name)}): its weights differ."
         )
-    checks.append(check_accounts(source, certificate))
-    if not checks[-1].held:
-        return checks
-    return [*checks, *checks_against(written, source, certificate, digests)]
+    accounts = check_accounts(source, certificate)
+    yield accounts
+    if accounts.held:
+        yield from checks_against(written, source, certificate, digests, crew)
 
 
 def _read_written(out: Path) -> Certificate:

@@ -1,16 +1,20 @@
 """An output against its source: every tensor accounted for, every figure computed again."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 
 from eckart.assemble.certification import count_totals
+from eckart.assemble.filling import BYTES_PER_SECOND, product_seconds
 from eckart.assemble.measurement import Measured, bias_of, count, measure
 from eckart.certificate import Certificate, FactoredEntry, MatrixRecord, read_certificate
 from eckart.checkpoint.header import TensorInfo
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
+from eckart.decompose.request import on_threads
 from eckart.errors import CheckpointError
+from eckart.execute import Task, Workers
 from eckart.formats import factored
 from eckart.formats.factored import module_of
 from eckart.verification.alone import accounts_of, stored_names
@@ -21,6 +25,46 @@ ROUNDING = 1e-9
 
 NOISE = 64 * torch.finfo(torch.float64).eps
 """… and by this share of what was compared, where the difference itself is rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Digester:
+    """Hashes one tensor."""
+
+    source: Source
+
+    def __call__(self, name: str) -> str:
+        """Returns the SHA-256 of its bytes."""
+        return self.source.digest(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurer:
+    """Measures one changed tensor again, from both files."""
+
+    matrices: Source
+    factors: Source
+    seed: int
+
+    def __call__(self, name: str, entry: FactoredEntry) -> Measured:
+        """Returns its errors. Peak memory: one matrix."""
+        matrix = factored.matrix_of(entry)
+        pairs = (
+            (
+                matrix.load(self.matrices, name, index),
+                factored.decode(self.factors, name, entry, index),
+            )
+            for index in range(matrix.count)
+        )
+        bias = bias_of(self.matrices, f"{module_of(name)}.bias", matrix)
+        with on_threads(matrix.shape, None):
+            return measure(pairs, bias, seed=self.seed, name=name)
+
+
+def digests_of(source: Source, names: Iterable[str], workers: Workers) -> dict[str, str]:
+    """Returns the SHA-256 of each tensor."""
+    tasks = [Task(name, (name,), source.tensors[name].nbytes / BYTES_PER_SECOND) for name in names]
+    return dict(workers.map(Digester(source), tasks, "hashing"))
 
 
 def check_accounts(source: Source, certificate: Certificate) -> Check:
@@ -45,17 +89,24 @@ def _entries(source: Source, certificate: Certificate) -> dict[str, FactoredEntr
 
 
 def checks_against(
-    written: Source, source: Source, certificate: Certificate, digests: Mapping[str, str]
+    written: Source,
+    source: Source,
+    certificate: Certificate,
+    digests: Mapping[str, str],
+    workers: Workers,
 ) -> Iterator[Check]:
     """Yields a check of every changed tensor, of the copies, and of what is counted."""
     entries = _entries(source, certificate)
     factors, matrices = (written, source) if certificate.kind == "factored" else (source, written)
+    unit = Measurer(matrices, factors, certificate.seed)
+    tasks = [Task(name, (name, entry), product_seconds(entry)) for name, entry in entries.items()]
+    measured = dict(workers.map(unit, tasks, "measuring"))
     for record in certificate.matrices:
-        entry = entries[record.name]
-        yield _check_matrix(
-            record, _measured(matrices, factors, record.name, entry, certificate.seed)
-        )
-    yield _check_copies(written, source, stored_names(certificate), digests)
+        yield _check_matrix(record, measured[record.name])
+    names = stored_names(certificate)
+    there = [stored for stored in names.values() if stored in written.tensors]
+    copies = digests_of(written, there, workers)
+    yield _check_copies(written, source, names, (copies, digests))
     faults = [
         f"{record.name} {fault}"
         for record in certificate.matrices
@@ -65,18 +116,6 @@ def checks_against(
     if count_totals(source, written, certificate.matrices, accounts) != certificate.totals:
         faults.append("the totals are others")
     yield Check.of("counts", faults, "parameters and bytes, of each matrix and in all")
-
-
-def _measured(
-    matrices: Source, factors: Source, name: str, entry: FactoredEntry, seed: int
-) -> Measured:
-    matrix = factored.matrix_of(entry)
-    pairs = (
-        (matrix.load(matrices, name, index), factored.decode(factors, name, entry, index))
-        for index in range(matrix.count)
-    )
-    bias = bias_of(matrices, f"{module_of(name)}.bias", matrix)
-    return measure(pairs, bias, seed=seed, name=name)
 
 
 def _miscounted(
@@ -114,20 +153,23 @@ def _check_matrix(record: MatrixRecord, found: Measured) -> Check:
 
 
 def _check_copies(
-    written: Source, source: Source, names: Mapping[str, str], digests: Mapping[str, str]
+    written: Source,
+    source: Source,
+    names: Mapping[str, str],
+    digests: tuple[Mapping[str, str], Mapping[str, str]],
 ) -> Check:
     faults: list[str] = []
+    copies, originals = digests
     for original, stored in names.items():
         if original not in source.tensors:
             faults.append(f"{original} is not in the source")
         elif (
             not _same(written.tensors[stored], source.tensors[original])
-            or written.digest(stored) != digests[original]
+            or copies[stored] != originals[original]
         ):
             faults.append(f"{stored} differs from {original} in the source")
-    return Check.of(
-        "copies", faults, f"{len(names)} tensors identical to the source, byte for byte"
-    )
+    detail = f"{len(names)} tensors identical to the source, byte for byte"
+    return Check.of("copies", faults, detail)
 
 
 def _same(a: TensorInfo, b: TensorInfo) -> bool:
