@@ -8,11 +8,11 @@ in shards of 500 MB, of three sizes. For each:
   worker, one thread. That it ends well, in every round, is the proof. Beside it the highest peak
   of resident memory (VmHWM), less that of the bare process, in largest matrices, and how much it
   grows from the first checkpoint to the last;
-- time: one worker with one thread, a whole process; its start (the bare process) is measured too,
-  and taken off for the ratio to the larger of (a) reading the source and writing the output's
+- time: one worker with one thread, a whole process; the bare process (start and end) is measured
+  too, and taken off for the ratio to the larger of (a) reading the source and writing the output's
   bytes, and (b) the kernels alone on matrices in memory: the truncated SVD, the other factor, and
   the measurement of what was written;
-- workers: two with one thread each against one, start taken off both.
+- workers: two with one thread each against one, the bare process taken off both.
 
 Runs alternate; a ratio is the median of the rounds. Results are appended to `bench/RESULTS.md`.
 """
@@ -210,7 +210,7 @@ def main() -> None:
         heading(),
         f"`compress --rank {RANK}`, one thread per matrix, RLIMIT_DATA = bare + {COPIES} × the "
         "largest matrix in float32 (64 MiB).\n",
-        "| GB | RLIMIT_DATA held, MB | peak − bare, in largest matrices | start, s | one worker, s "
+        "| GB | RLIMIT_DATA held, MB | peak − bare, in largest matrices | bare, s | one worker, s "
         "| bytes alone, s | kernels alone, s | **ratio to the larger** | two workers, s "
         "| **speed-up** |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -62,6 +62,21 @@ def test_help_and_version_of_every_command_do_not_import_torch():
     assert __version__ in done.stdout.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("line", "code"), [(["--version"], 0), (["verify", "/nowhere"], 3), (["compress", "x"], 2)]
+)
+def test_the_process_ends_with_its_code_and_all_it_printed(line, code):
+    """It leaves without taking torch apart, but not before what it has to say is out."""
+    run = f"import sys; sys.argv[1:] = {line!r}; from eckart.cli import run; run()"
+
+    done = subprocess.run(
+        [sys.executable, "-c", run], capture_output=True, text=True, check=False, timeout=60
+    )
+
+    assert done.returncode == code
+    assert (done.stdout if code == 0 else done.stderr).endswith("\n")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_and_option_has_a_help_text(command):
     """One line each, in the table of --help."""
