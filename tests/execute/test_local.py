@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 import units
 
 from eckart.errors import ResourceError, UsageError
-from eckart.execute import Silent, Task, Workers
+from eckart.execute import Silent, Task, Workers, local, warm_up
 
 LONG = 100.0
 """Predicted seconds that no task of a test takes: they force worker processes."""
@@ -34,6 +35,32 @@ def test_every_task_gives_its_result_once(workers):
     assert {name: number for name, (number, _) in found.items()} == {str(i): i for i in range(7)}
     assert 1 <= len(processes) <= workers
     assert os.getpid() not in processes
+
+
+def test_workers_that_were_started_ahead_are_taken_first(monkeypatch):
+    """As many as were asked for, if there are cores for them; a further one is started then."""
+    monkeypatch.setattr(local, "cores", lambda: 2)
+    monkeypatch.setattr(local, "_AHEAD", deque())
+    warm_up(3)
+    ahead = {future.result().process.pid for future in local._AHEAD}
+
+    with Workers(3) as crew:
+        found = dict(crew.map(units.process, tasks(9)))
+        used = {worker.process.pid for worker in crew.alive}
+
+    assert len(ahead) == 2
+    assert ahead < used
+    assert {process for _, process in found.values()} <= used
+    assert not local._AHEAD
+
+
+def test_one_worker_needs_no_start(monkeypatch):
+    """Nothing is started ahead for what is done in this process."""
+    monkeypatch.setattr(local, "cores", lambda: 8)
+    monkeypatch.setattr(local, "_AHEAD", deque())
+    warm_up(1)
+
+    assert not local._AHEAD
 
 
 @pytest.mark.parametrize(("workers", "seconds"), [(1, 1.9), (4, 0.5)])

@@ -3,13 +3,15 @@
 import multiprocessing
 import signal
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
+from threading import Lock, Thread
 from types import ModuleType
 from typing import Any, Self, cast
 
@@ -27,6 +29,8 @@ WORTH_SECONDS = 2.0
 PRELOADED = ["torch", "eckart.assemble.filling", "eckart.execute.worker"]
 """What workers need, loaded once for all of them."""
 
+MOST_AHEAD = 8
+
 ATTEMPTS = 2
 """A task whose worker dies is given to another one, once."""
 
@@ -40,23 +44,51 @@ class Task:
     seconds: float = 0.0
 
 
-def warm_up(workers: int | None) -> None:
-    """Starts the fork server, which loads torch while this process does; unless it is not needed.
-
-    A second and a half that two processes spend side by side, and not one after the other.
-    """
-    if workers != 1 and cores() > 1:
-        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-        with _no_main_module():
-            forkserver.ensure_running()
-
-
 @dataclass
 class _Worker:
     process: ForkServerProcess
     pipe: Connection
     unit: object = None  # the one it was sent last
     task: Task | None = None
+
+
+_AHEAD: deque[Future[_Worker]] = deque()
+_MAIN_MODULE = Lock()
+
+
+def warm_up(workers: int | None) -> None:
+    """Starts workers, which load torch while this process does; unless one is enough.
+
+    A second and a half that two processes spend side by side, and not one after the other.
+    """
+    count = min(workers or cores(), cores(), MOST_AHEAD)
+    if count > 1 and not _AHEAD:
+        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+        with _no_main_module():
+            forkserver.ensure_running()
+        ahead = [Future[_Worker]() for _ in range(count)]
+        _AHEAD.extend(ahead)
+        Thread(target=_start_ahead, args=(ahead,), daemon=True).start()
+
+
+def _start_ahead(ahead: Sequence[Future[_Worker]]) -> None:
+    for future in ahead:
+        try:
+            future.set_result(_start())
+        except OSError as error:
+            future.set_exception(error)
+
+
+def _start() -> _Worker:
+    """Starts a worker: it is there when the fork server has loaded torch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs,), daemon=True)
+    with _no_main_module():
+        process.start()
+    theirs.close()
+    return _Worker(process, ours)
 
 
 @dataclass
@@ -105,7 +137,7 @@ class Workers:
         """Gives tasks to workers, from the end of the list, until every one has its result."""
         failures = Counter[str]()
         while len(self.alive) < min(self.count, len(left)):
-            self._start()
+            self._add()
         for worker in self.alive[: len(left)]:
             _give(worker, unit, left.pop())
         while busy := [worker for worker in self.alive if worker.task]:
@@ -117,7 +149,7 @@ class Workers:
                     failures[task.name] += 1
                     if failures[task.name] == ATTEMPTS:
                         raise _died(task, worker)
-                    _give(self._start(), unit, task)
+                    _give(self._add(), unit, task)
                     continue
                 if left:
                     _give(worker, unit, left.pop())
@@ -126,17 +158,11 @@ class Workers:
                     raise error
                 yield task, result
 
-    def _start(self) -> _Worker:
-        """Starts one more worker."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs,), daemon=True)
-        with _no_main_module():
-            process.start()
-        theirs.close()
-        self.alive.append(_Worker(process, ours))
-        return self.alive[-1]
+    def _add(self) -> _Worker:
+        """One more worker: one that was started ahead, where there is one."""
+        worker = _AHEAD.popleft().result() if _AHEAD else _start()
+        self.alive.append(worker)
+        return worker
 
 
 def _do(unit: Callable[..., Any], queue: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
@@ -183,9 +209,10 @@ def _no_main_module() -> Generator[None]:
     multiprocessing would run it again in every worker, and a script without a main guard with it;
     the workers need nothing of it.
     """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+    with _MAIN_MODULE:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
