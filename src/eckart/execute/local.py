@@ -26,7 +26,7 @@ SHORT_SECONDS = 2.0
 WORTH_SECONDS = 2.0
 """Work of less in all is done here before workers have been started."""
 
-PRELOADED = ["torch", "eckart.assemble.filling", "eckart.execute.worker"]
+PRELOADED = ["eckart.execute.preload"]
 """What workers need, loaded once for all of them."""
 
 MOST_AHEAD = 8
