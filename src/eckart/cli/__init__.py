@@ -10,6 +10,7 @@ from typing import NoReturn
 from eckart.cli.commands import app
 from eckart.cli.output import log, say
 from eckart.errors import EckartError
+from eckart.execute import keep_freed_memory
 
 
 def run() -> NoReturn:
@@ -18,6 +19,7 @@ def run() -> NoReturn:
     Taking torch apart again, as the interpreter does, would take a third of a second.
     """
     code: object = 0
+    keep_freed_memory()
     try:
         main()
     except SystemExit as stop:

@@ -1,5 +1,6 @@
 """What this machine offers: cores and memory."""
 
+import ctypes
 import os
 import resource
 from collections.abc import Sequence
@@ -15,6 +16,22 @@ CGROUPS = (
     ),
 )
 """Limit and use of the container, in version 2 and 1 of cgroups."""
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""glibc's own numbers, from malloc.h."""
+
+
+def keep_freed_memory() -> None:
+    """Has malloc keep what is freed, instead of giving every large block back to the system.
+
+    Every page of the next block would be mapped and zeroed anew: up to a fifth of a run (measured).
+    For our own processes; where there is no mallopt (macOS, musl) nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def cores() -> int:

@@ -11,5 +11,7 @@ import torch  # noqa: F401
 
 import eckart.assemble.filling
 import eckart.execute.worker  # noqa: F401
+from eckart.execute.machine import keep_freed_memory
 
+keep_freed_memory()
 atexit.register(os._exit, 0)
