@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import eckart
+from test_cli import COMMANDS
 
 from eckart.demonstration.story import embedded
 
@@ -41,7 +42,7 @@ def test_the_commands_of_the_readme_run(at_home):
     lines = [line.partition("#")[0].split() for text in blocks for line in text.splitlines()]
     codes = [eckart(*line[1:]).code for line in lines]
 
-    assert {line[1] for line in lines} == {"inspect", "compress", "verify", "densify"}
+    assert {line[1] for line in lines} == {*COMMANDS} - {"demo"}
     assert codes == [0] * len(lines)
 
 

@@ -19,7 +19,7 @@ SCHEMA = "eckart/1"
 CERTIFICATE_BYTES = 2**28
 
 Form = Literal["ba", "pivoted", "dense"]
-Kind = Literal["factored", "dense"]
+Kind = Literal["factored", "dense", "adapter", "applied", "merged"]
 Options = dict[str, str | int | float | bool | list[str] | None]
 Pair = tuple[int, int]  # before, after
 Sides = Annotated[tuple[int, ...], msgspec.Meta(min_length=2, max_length=4)]
@@ -64,10 +64,11 @@ class MatrixRecord(Document, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     relative_error: float
     excess_estimate: float
     optimum: float | None  # the Eckart–Young error at this rank, if all values are known
-    output_error: OutputError
+    output_error: OutputError | None  # null where nothing is left to be used: rank 0
     metric: Literal["frobenius"]
     method: str
     tail: list[tuple[int, float]]  # (rank, remaining share of the energy)
+    energy_share: float | None = None  # of an adapter's: its share of ‖tuned − base‖²
 
 
 class Row(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -84,10 +85,20 @@ class TiedRow(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
     to: str
 
 
-class LostRow(Row, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A tensor that the output does not carry, with its share of the energy."""
+class ShareRow(Row, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A changed tensor that is stored whole, or lost, with its share of the change's energy."""
 
     energy_share: float
+
+
+class Change(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a tuned model adds to its base, and how much of it an adapter carries."""
+
+    energy: float  # ‖tuned − base‖_F², over all tensors
+    factored: float  # the share that lies in factored matrices, and …
+    stored_whole: float
+    lost: float
+    relative_error: float  # ‖(tuned − base) − carried‖_F / ‖tuned − base‖_F
 
 
 class FactoredEntry(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -132,6 +143,9 @@ class Certificate(Document, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     kind: Kind
     digest: str = ""
     source: SourceRecord
+    base: SourceRecord | None = None  # what an adapter is added to
+    adapter: SourceRecord | None = None  # what was added to the source
+    merged: list[SourceRecord] = []  # adapters that were added up, or the one that was resized
     options: Options
     versions: dict[str, str]
     files: dict[str, FileRecord]
@@ -139,11 +153,13 @@ class Certificate(Document, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     copied: list[Row]
     tied: list[TiedRow] = []
     refitted: list[Row] = []
-    stored_whole: list[Row] = []
-    lost: list[LostRow] = []
+    stored_whole: list[ShareRow] = []
+    lost: list[ShareRow] = []
+    unchanged: list[str] = []
     factored: dict[str, FactoredEntry]
     loss: Loss = Loss()
     totals: Totals
+    change: Change | None = None
     remarks: list[str] = []  # what a reader of the numbers should know
     run: Run
 

@@ -22,7 +22,7 @@ from eckart.checkpoint.writer import OutputRun, check_space
 from eckart.decompose import Decomposer
 from eckart.decompose.request import seconds_for, threads_for
 from eckart.decompose.work import PARTS, Work, identity_of, open_work
-from eckart.errors import EckartError, ResourceError, StorageError
+from eckart.errors import EckartError, LossError, ResourceError, StorageError
 from eckart.execute import Progress, Task, Workers
 from eckart.formats.factored import quantization_config
 from eckart.planning import Targets
@@ -66,7 +66,7 @@ def work_folder(run: OutputRun, named: Path | None, job: Job, targets: Targets) 
             yield work
         except BaseException as error:
             lasting = not isinstance(error, EckartError) or isinstance(
-                error, (StorageError, ResourceError)
+                error, (StorageError, ResourceError, LossError)
             )
             long = time.monotonic() - began > WORTH_KEEPING
             run.keep = run.keep or (bool(work.done) and named is None and (lasting or long))
@@ -110,13 +110,14 @@ def choose(work: Work, targets: Targets, job: Job, workers: Workers) -> dict[str
             targets.matrices[name],
             targets.items[name],
             work.done[name],
-            targets.factor_dtype(name),
+            targets.dtypes[name],
             choice.rank,
         )
         for name, choice in chosen.items()
-        if choice.rank is not None
+        if choice.rank
     }
-    if policy.allowed is not None or terms.form == "auto":
+    promised = policy.allowed is not None and not (terms.additive and policy.allowed == 0)
+    if promised or terms.form == "auto":  # of an addition, all that can be had is no promise
         settler = Settler(job.source, policy, terms, job.threads)
         tasks = [Task(name, (case,), case.seconds) for name, case in cases.items()]
         chosen |= dict(workers.map(settler, tasks, "measuring"))

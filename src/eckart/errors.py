@@ -14,6 +14,7 @@ EckartError                 1  our own bug, unless a subclass says otherwise
 ├── StorageError            5  no space, no permission, no such device
 ├── ResourceError           5  not enough memory; a worker process that died
 └── PromiseError            6  the result does not hold what its certificate says
+    └── LossError           6  it would leave out what nobody has agreed to lose
 """
 
 
@@ -89,3 +90,7 @@ class PromiseError(EckartError):
     """The result does not hold what its certificate says."""
 
     exit_code = 6
+
+
+class LossError(PromiseError):
+    """The result would leave out more than nothing, and nobody has agreed to lose it."""

@@ -7,7 +7,7 @@ exceptions are a short table: transposed Conv1D layers, and experts fused into o
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from eckart.checkpoint.header import TensorInfo
@@ -66,6 +66,59 @@ def matrices(
     return found, reasons
 
 
+def adaptable(
+    source: Source,
+    names: Iterable[str],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> tuple[dict[str, Matrix], dict[str, str]]:
+    """Returns which of some tensors an adapter can hold as B·A, and why not the others.
+
+    More than `matrices`: output heads and embeddings too, the latter as the layer computes them,
+    (dimension × vocabulary). Patterns mean the same.
+    """
+    tensors = source.tensors
+    unfit = {name: why for name in names if (why := _unadaptable(name, tensors[name]))}
+    candidates = [name for name in names if name not in unfit]
+    _check_patterns(candidates, [*include, *exclude])
+    found: dict[str, Matrix] = {}
+    for name in candidates:
+        if _matches(name, exclude):
+            unfit[name] = "excluded by --exclude"
+        elif include and not _matches(name, include):
+            unfit[name] = "not among --include"
+        else:
+            found[name] = matrix_as_used(name, tensors)
+    return found, unfit
+
+
+def matrix_as_used(name: str, tensors: Mapping[str, TensorInfo]) -> Matrix:
+    """Returns a weight as its layer computes it: embeddings and Conv1D layers are transposed."""
+    if is_embedding(name):
+        return Matrix(tensors[name].shape, "in_out")
+    return Matrix(tensors[name].shape, _orientation(name, tensors, _has_conv1d(tensors)))
+
+
+def is_embedding(name: str) -> bool:
+    """Returns whether a tensor is the table of an embedding, by its name.
+
+    >>> is_embedding("model.embed_tokens.weight"), is_embedding("lm_head.weight")
+    (True, False)
+    """
+    return EMBEDDING.search(name.removesuffix(".weight")) is not None
+
+
+def is_norm(name: str) -> bool:
+    """Returns whether a tensor is the weight or the bias of a norm, by its name.
+
+    >>> is_norm("model.layers.0.input_layernorm.weight"), is_norm("h.0.ln_1.bias")
+    (True, True)
+    """
+    module, _, part = name.rpartition(".")
+    return part in ("weight", "bias") and NORM.search(module) is not None
+
+
 def is_routed_expert(name: str) -> bool:
     """Returns whether a tensor belongs to the experts of a mixture, which loaders fuse.
 
@@ -99,6 +152,15 @@ def _unfit(name: str, info: TensorInfo) -> str | None:
     if 0 in info.shape:
         return "empty"
     return "one input channel" if dimensions == 4 and info.shape[1] == 1 else None
+
+
+def _unadaptable(name: str, info: TensorInfo) -> str | None:
+    """Why no adapter holds it as a product."""
+    if why := _unfit(name, info):
+        return why
+    if len(info.shape) == 3:
+        return "experts fused into one tensor"
+    return None if name.endswith(".weight") else "not a module's weight"
 
 
 def _role(name: str, info: TensorInfo) -> str | None:

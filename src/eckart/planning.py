@@ -41,6 +41,7 @@ class Targets:
     items: Mapping[str, Item]
     copied: Mapping[str, str]  # every other tensor, and why
     tied: Mapping[str, str]
+    dtypes: Mapping[str, str]  # of the factors, by tensor
 
     @property
     def requests(self) -> dict[str, Request]:
@@ -66,13 +67,13 @@ class Targets:
         """What a reader of the plan, or of the result, should know."""
         return expert_remarks(self.matrices)
 
-    def factor_dtype(self, name: str) -> str:
-        """Returns the dtype that a tensor's factors will have."""
-        return self.dtype or self.source.tensors[name].dtype
-
     @property
     def output_bytes(self) -> int:
         """The most that the tensors of the output take."""
+        if self.terms.additive:
+            limits = {name: request.rank for name, request in self.requests.items()}
+            factors = (self.items[name].bytes(rank, "ba") for name, rank in limits.items())
+            return self.terms.rest_bytes + sum(factors)
         factors = {
             name: item.bytes(limit, "ba" if self.terms.form == "ba" else "pivoted")
             for name, item in self.items.items()
@@ -104,7 +105,8 @@ def policy_of(**given: float | None) -> RankPolicy:
             f"exactly one of {', '.join(names[:-1])} and {names[-1]} chooses the ranks; got {got}."
         )
     ((name, value),) = asked.items()
-    return POLICIES[name](value)
+    counts = ("rank", "size")
+    return POLICIES[name](value if name in counts else float(value))
 
 
 def find_targets(
@@ -119,8 +121,7 @@ def find_targets(
     allow_pickle: bool,
 ) -> Targets:
     """Returns the targets of a request; raises whatever headers and options can show is wrong."""
-    if align < 1:
-        raise UsageError(f"--align {align} is out of range: choose a whole number from 1.")
+    check_align(align)
     stored, source = stored_dtype(dtype), open_dense(path, allow_pickle=allow_pickle)
     check_config(source)
     found, reasons = matrices(source, include=include, exclude=exclude)
@@ -136,9 +137,9 @@ def find_targets(
     }
     settled: Form = "ba" if form == "auto" and not policy.is_budget else form
     rest = sum(source.tensors[name].nbytes for name in copied)
-    targets = Targets(
-        source, policy, Terms(settled, align, rest), stored, found, items, copied, tied
-    )
+    dtypes = {name: stored or source.tensors[name].dtype for name in found}
+    terms = Terms(settled, align, rest)
+    targets = Targets(source, policy, terms, stored, found, items, copied, tied, dtypes)
     policy.check(items, targets.terms)
     return targets
 
@@ -217,6 +218,12 @@ def with_base(
         )
     kept = {name: matrix for name, matrix in found.items() if name not in unlike}
     return kept, {**reasons, **unlike}
+
+
+def check_align(align: int) -> None:
+    """Raises UsageError unless ranks can be multiples of it."""
+    if align < 1:
+        raise UsageError(f"--align {align} is out of range: choose a whole number from 1.")
 
 
 def stored_dtype(dtype: str | None) -> str | None:

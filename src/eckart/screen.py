@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eckart.api import Plan
-from eckart.certificate import Certificate, Inspection, InspectionReport, MatrixRecord
+from eckart.certificate import Certificate, Inspection, InspectionReport, MatrixRecord, ShareRow
 from eckart.checkpoint.paths import printable
 from eckart.verification import Check
 
@@ -17,6 +17,9 @@ WIDE = 130
 
 MIDDLE = 100
 """… and for every figure of a certificate."""
+
+SHOWN = 12
+"""Tensors stored whole, or lost, that are named one by one."""
 
 LEFT = ("shape", "dtype", "form", "verdict", "why")
 
@@ -80,6 +83,84 @@ def certificate_table(certificate: Certificate, width: int) -> Group:
     return Group(*lines, _totals(certificate))
 
 
+def adapter_table(certificate: Certificate, width: int) -> Group:
+    """Returns the rows of an adapter's certificate, what is whole or lost and why, and totals."""
+    names = [row.name for row in certificate.matrices]
+    columns = ("shape", "rank", "of the change", "parameters", "error", "optimum")
+    shown = columns if width >= MIDDLE else columns[:5]
+    table = _table(names, shown)
+    for row, short in zip(certificate.matrices, _short(names), strict=True):
+        shape, rank, _, parameters, error, optimum, _ = _record(row)
+        cells = (shape, rank, _share(row.energy_share), parameters, error, optimum)
+        table.add_row(short, *cells[: len(shown)])
+    lines = [table]
+    lines += [*_apart("whole", certificate.stored_whole), *_apart("lost", certificate.lost)]
+    return Group(*lines, _change(certificate))
+
+
+def _apart(title: str, rows: Sequence[ShareRow]) -> list[Table]:
+    """The changed tensors that are no product, the largest shares first, and how many more."""
+    if not rows:
+        return []
+    grid, style = Table.grid(padding=(0, 2)), "bold red" if title == "lost" else "dim"
+    ordered = sorted(rows, key=lambda row: -row.energy_share)
+    for row in ordered[:SHOWN]:
+        cells = (_share(row.energy_share), printable(row.name), printable(row.reason))
+        grid.add_row(Text(title, style), *map(Text, cells))
+    if rest := ordered[SHOWN:]:
+        share = _share(sum(row.energy_share for row in rest))
+        grid.add_row(Text(title, style), Text(share), Text(f"… {len(rest)} more: see --json"))
+    return [grid]
+
+
+def _share(share: float | None) -> str:
+    return "–" if share is None else f"{share:.2%}"
+
+
+def _change(certificate: Certificate) -> Text:
+    totals, change = certificate.totals, certificate.change
+    lines = [
+        f"{len(certificate.unchanged)} tensors did not change",
+        _pair("changed matrices", totals.targeted_parameters, "parameters"),
+        _pair("tensors on disk", totals.tensor_bytes, "bytes"),
+    ]
+    if change:
+        lines.append(
+            f"{1 - change.relative_error**2:.2%} of the change is carried: error "
+            f"{change.relative_error:.3g} of ‖tuned − base‖, {change.lost:.2%} lost"
+        )
+    return Text("\n".join(lines))
+
+
+def applied_table(certificate: Certificate) -> Group:
+    """Returns the sums of a certificate, and what became of the other tensors."""
+    names = [row.name for row in certificate.matrices]
+    table = _table(names, ("shape", "rank", "rounded away"))
+    for row, short in zip(certificate.matrices, _short(names), strict=True):
+        table.add_row(short, _shape(row.shape), str(row.rank), f"{row.relative_error:.3g}")
+    others = f"{len(certificate.copied)} tensors copied, {len(certificate.refitted)} replaced"
+    return Group(
+        table,
+        Text(others, "dim"),
+        Text(_pair("tensors on disk", certificate.totals.tensor_bytes, "bytes")),
+    )
+
+
+def merged_table(certificate: Certificate) -> Group:
+    """Returns the rows of a resized or merged adapter, and its totals."""
+    names = [row.name for row in certificate.matrices]
+    table = _table(names, ("shape", "rank", "parameters", "error", "optimum"))
+    for row, short in zip(certificate.matrices, _short(names), strict=True):
+        shape, rank, _, parameters, error, optimum, _ = _record(row)
+        table.add_row(short, shape, rank, parameters, error, optimum)
+    totals = certificate.totals
+    return Group(
+        table,
+        Text(_pair("parameters", totals.targeted_parameters, "in all modules")),
+        Text(_pair("tensors on disk", totals.tensor_bytes, "bytes")),
+    )
+
+
 def check_table(checks: list[Check]) -> Table:
     """Returns one line per check."""
     table = Table.grid(padding=(0, 2))
@@ -99,7 +180,7 @@ def _record(row: MatrixRecord) -> tuple[str, ...]:
         f"{before:,} → {after:,}",
         f"{row.relative_error:.3g}",
         "–" if row.optimum is None else f"{row.optimum:.3g}",
-        f"{row.output_error.max:.2g}",
+        "–" if row.output_error is None else f"{row.output_error.max:.2g}",
     )
 
 

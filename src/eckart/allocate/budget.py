@@ -19,7 +19,7 @@ Price = Callable[[Item, int | None], int]
 
 @dataclass(frozen=True, slots=True)
 class Menu:
-    """The choices of one matrix: some ranks, rising, and, last, dense."""
+    """The choices of one matrix: some ranks, rising, and, last, dense (not in an adapter)."""
 
     ranks: npt.NDArray[np.int64]
     costs: npt.NDArray[np.float64]
@@ -32,6 +32,8 @@ class Menu:
         A tail below `NOTHING` is worth nothing, so that an exactly low-rank matrix is factored
         whatever the budget.
         """
+        if terms.additive:
+            return cls._additive(item, spectrum, terms, price)
         largest, dense = min(terms.largest(item), len(spectrum.values)), price(item, None)
         paying = [r for r in range(terms.align, largest + 1, terms.align) if price(item, r) < dense]
         ranks = np.array(paying, int)  # a wide dtype or a permutation may cost more than it saves
@@ -40,6 +42,19 @@ class Menu:
         worths = size * (1 - np.where(lost > NOTHING, lost, 0.0))
         costs = [price(item, int(rank)) for rank in ranks]
         return cls(ranks, np.array([*costs, dense], float), np.append(worths, size))
+
+    @classmethod
+    def _additive(cls, item: Item, spectrum: Spectrum, terms: Terms, price: Price) -> "Menu":
+        """Σ_{i≤r} σᵢ² for every rank from 0, and for the largest, whatever `align` says."""
+        largest = min(terms.largest(item), len(spectrum.values))
+        ranks = np.array([0, *range(terms.align, largest, terms.align), largest], int)
+        costs = [0, *(price(item, int(rank)) for rank in ranks[1:])]
+        worths = spectrum.energy - spectrum.tails.numpy()[ranks]
+        return cls(ranks, np.array(costs, float), worths)
+
+    def scaled(self, factor: float) -> "Menu":
+        """Returns the same choices, worth more or less."""
+        return Menu(self.ranks, self.costs, self.worths * factor)
 
     def best(self, multiplier: float) -> int:
         """Returns the pick that is worth most after paying; the cheapest of equals."""

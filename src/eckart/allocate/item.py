@@ -66,9 +66,15 @@ class Terms:
     form: Form = "ba"
     align: int = 1
     rest_bytes: int = 0  # of the tensors that are no matrices
+    additive: bool = False  # an adapter: rank 0 says nothing changed, and dense is no choice
 
     def largest(self, item: Item) -> int:
-        """Returns the largest rank that pays, in multiples of `align`; 0 if none."""
+        """Returns the largest rank that pays, in multiples of `align`; 0 if none.
+
+        In an adapter any rank pays; a matrix with fewer rows than `align` takes what it has.
+        """
+        if self.additive:
+            return min(item.shape) // self.align * self.align or min(item.shape)
         return paying_rank(item.shape, self.form) // self.align * self.align
 
     def choice(self, rank: int) -> Choice:
@@ -78,6 +84,10 @@ class Terms:
     def aligned(self, rank: int) -> int:
         """Returns the rank, rounded up to a multiple of `align`; at least one."""
         return max(-(-rank // self.align), 1) * self.align
+
+    def within(self, item: Item, rank: int) -> int:
+        """Returns the rank, or the largest one of an adapter's matrix if that is less."""
+        return min(rank, self.largest(item)) if self.additive else rank
 
     def break_even(self, item: Item) -> str:
         """Returns in words where factoring stops to pay."""

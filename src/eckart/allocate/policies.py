@@ -68,7 +68,8 @@ class FixedRank(RankPolicy):
 
     def limit(self, item: Item, terms: Terms) -> int:
         """The rank itself, if it pays."""
-        return self.value if self.value <= terms.largest(item) else 0
+        rank = terms.within(item, self.value)
+        return rank if rank <= terms.largest(item) else 0
 
     def refusal(self, item: Item, terms: Terms) -> str:
         """Rank against break-even."""
@@ -85,7 +86,7 @@ class FixedRank(RankPolicy):
         self, items: Mapping[str, Item], spectra: Mapping[str, Spectrum], terms: Terms
     ) -> dict[str, Choice]:
         """Every matrix takes the rank."""
-        return {name: terms.choice(self.value) for name in spectra}
+        return {name: terms.choice(terms.within(items[name], self.value)) for name in spectra}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,8 @@ class Budget(RankPolicy):
     """A global budget over all targeted matrices, in some unit.
 
     Keeping component i of a matrix is worth mn·σᵢ²/‖W‖_F² (what a matrix loses counts in
-    proportion to its size) and costs its unit; *dense* is among the choices. One Lagrange
+    proportion to its size) and costs its unit; *dense* is among the choices. What was added to a
+    matrix is worth its energy, σᵢ², and *nothing* is among the choices. One Lagrange
     multiplier, bisected, then a greedy fill of what is left. Never above the budget.
     """
 
@@ -176,12 +178,16 @@ class Budget(RankPolicy):
         """Returns the error for a budget below the least that these matrices can cost."""
 
     def check(self, items: Mapping[str, Item], terms: Terms) -> None:
-        """The smallest rank everywhere must be within the budget."""
-        least = sum(
-            min(self.price(item, None, terms), self.price(item, terms.align, terms))
-            if terms.largest(item)
-            else self.price(item, None, terms)
-            for item in items.values()
+        """The smallest rank everywhere must be within the budget: 0 for an adapter."""
+        least = (
+            0
+            if terms.additive
+            else sum(
+                min(self.price(item, None, terms), self.price(item, terms.align, terms))
+                if terms.largest(item)
+                else self.price(item, None, terms)
+                for item in items.values()
+            )
         )
         if least > self.budget(items, terms):
             raise self.unreachable(least, items, terms)
@@ -197,7 +203,13 @@ class Budget(RankPolicy):
         menus = {
             name: Menu.of(items[name], spectrum, terms, price) for name, spectrum in spectra.items()
         }
-        fixed = sum(price(item, None) for name, item in items.items() if name not in spectra)
+        if terms.additive:  # to worths of the size that the others have
+            energy = sum(spectrum.energy for spectrum in spectra.values())
+            menus = {
+                name: menu.scaled(_total(items) / (energy or 1.0)) for name, menu in menus.items()
+            }
+        others = [item for name, item in items.items() if name not in spectra]
+        fixed = 0 if terms.additive else sum(price(item, None) for item in others)
         left = self.budget(items, terms) - fixed
         least = sum(int(menu.least) for menu in menus.values())
         if least > left:
@@ -277,7 +289,7 @@ def _total(items: Mapping[str, Item]) -> int:
 
 
 def _if_it_pays(item: Item, rank: int, terms: Terms) -> Choice:
-    aligned = terms.aligned(rank)
+    aligned = terms.within(item, terms.aligned(rank))
     if aligned > terms.largest(item):
         return Choice(None, f"dense: needs rank {rank}, {terms.break_even(item)}")
     return terms.choice(aligned)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -46,33 +47,43 @@ def certify(job: Job, kind: Kind, accounts: Accounts, filled: Iterable[Filled]) 
     source, written, filled = job.source, open_checkpoint(job.staged), [*filled]
     records = sorted((one.record for one in filled if one.record), key=lambda record: record.name)
     digests = {one.name: one.source_digest for one in filled if one.source_digest}
-    files = sorted(path for path in job.staged.rglob("*") if path.is_file())
     certificate = Certificate(
         kind=kind,
         source=SourceRecord(name=source.name, fingerprint=source.fingerprint(digests)),
         options=job.options,
         versions=versions(),
-        files={
-            str(path.relative_to(job.staged)): FileRecord(
-                bytes=path.stat().st_size, sha256=file_sha256(path)
-            )
-            for path in files
-        },
+        files=file_records(job.staged),
         matrices=records,
         copied=[Row(name=name, reason=why) for name, why in sorted(accounts.copied.items())],
         tied=[TiedRow(name=name, to=to) for name, to in sorted(accounts.tied.items())],
         factored=dict(accounts.entries),
         totals=count_totals(source, written, records, accounts),
         remarks=[*accounts.remarks],
-        run=Run(
-            seconds=round(time.monotonic() - job.began, 3),
-            started=job.started.isoformat(timespec="seconds"),
-            workers=job.workers,
-            source_files={file: stamp.bytes for file, stamp in source.stamps.items()},
-        ),
+        run=run_of(job),
     )
     write_file(job.staged / CERTIFICATE, certificate.encode())
     return certificate
+
+
+def file_records(staged: Path) -> dict[str, FileRecord]:
+    """Returns every file of a folder, by its path in it. Cost: reads and hashes them."""
+    files = sorted(path for path in staged.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(staged)): FileRecord(
+            bytes=path.stat().st_size, sha256=file_sha256(path)
+        )
+        for path in files
+    }
+
+
+def run_of(job: Job) -> Run:
+    """Returns what may differ between two equal runs."""
+    return Run(
+        seconds=round(time.monotonic() - job.began, 3),
+        started=job.started.isoformat(timespec="seconds"),
+        workers=job.workers,
+        source_files={file: stamp.bytes for file, stamp in job.source.stamps.items()},
+    )
 
 
 def count_totals(

@@ -31,7 +31,7 @@ class Assembly:
     def begin(self, job: Job) -> tuple[Filler, TensorFiles]:
         """Lays the files out in the staged folder; returns the unit that fills them, and them."""
         files = lay_out_checkpoint(job.staged, self.layout, job.shard_bytes)
-        return Filler(job.source, files, self.layout, job.seed, job.threads), files
+        return Filler(job.source, job.source, files, self.layout, job.seed, job.threads), files
 
 
 def factored_assembly(
@@ -49,7 +49,7 @@ def factored_assembly(
     Factors take the tensor's own dtype unless `dtype` names another.
     """
     entries = {
-        factored.module_of(name): _entry(matrices[name], choice.rank, choice.form)
+        factored.module_of(name): entry_of(matrices[name], choice.rank, choice.form)
         for name, choice in choices.items()
         if choice.rank is not None
     }
@@ -97,5 +97,6 @@ def check_names(source: Source, matrices: Iterable[str]) -> None:
             )
 
 
-def _entry(matrix: Matrix, rank: int, form: FactorForm) -> FactoredEntry:
+def entry_of(matrix: Matrix, rank: int, form: FactorForm = "ba") -> FactoredEntry:
+    """Returns what a loader must know of a matrix in factors."""
     return FactoredEntry(rank=rank, form=form, shape=matrix.stored, orientation=matrix.orientation)

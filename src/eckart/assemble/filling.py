@@ -20,7 +20,7 @@ from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout
 from eckart.decompose import Decomposition
 from eckart.decompose.request import FLOPS, on_threads, threads_for
 from eckart.errors import CheckpointError, NonFiniteError, PromiseError
-from eckart.formats import dense, factored
+from eckart.formats import FORMATS, FormatName, dense, factored
 from eckart.formats.factored import Product
 from eckart.linalg.arrays import check_finite
 from eckart.linalg.factors import pivot
@@ -87,13 +87,19 @@ class Filled:
 
 @dataclass(frozen=True, slots=True)
 class Filler:
-    """Carries out one order."""
+    """Carries out one order.
+
+    What is factored comes from `source`, what is copied and what a record says of its tensor from
+    `stored`: the two differ where the source is a difference.
+    """
 
     source: Source
+    stored: Source
     files: TensorFiles
     layout: Mapping[str, TensorLayout]
     seed: int
     threads: int | None = None
+    format: FormatName = "factored"
 
     def __call__(self, order: Order) -> Filled:
         """Reads, writes, reads back and measures. Peak memory: one matrix, and two copies of it."""
@@ -104,7 +110,7 @@ class Filler:
 
     def _copy(self, order: Copy) -> Filled:
         seen, offset = hashlib.sha256(), 0
-        for piece in self.source.chunks(order.name):
+        for piece in self.stored.chunks(order.name):
             seen.update(bytes_of(piece))
             self.files.write(order.stored, piece, offset)
             offset += len(piece)
@@ -112,8 +118,8 @@ class Filler:
 
     def _factor(self, order: Factor) -> Filled:
         name, entry, known = order.name, order.entry, order.decomposition
-        matrix, crc = factored.matrix_of(entry), 0
-        written = self._written(factored.layout(name, entry, order.dtype))
+        matrix, crc, form = factored.matrix_of(entry), 0, FORMATS[self.format]
+        written = self._written(form.layout(name, entry, order.dtype))
 
         def pairs() -> Iterator[tuple[Tensor, Product]]:
             nonlocal crc
@@ -122,9 +128,9 @@ class Filler:
                 crc = zlib.crc32(bytes_of(stored), crc)
                 W = matrix.read(stored)
                 self._write(order, product_of(known, W, entry, order.dtype, index), index)
-                yield W, factored.decode(written, name, entry, index)
+                yield W, form.decode(written, name, entry, index)
 
-        bias = bias_of(self.source, f"{factored.module_of(name)}.bias", matrix)
+        bias = self._bias(name, matrix)
         measured = measure(pairs(), bias, seed=self.seed, name=name)
         if crc != known.source_crc:
             raise CheckpointError(
@@ -133,15 +139,22 @@ class Filler:
             )
         return Filled(name, known.source_digest, self._record(order, measured))
 
+    def _bias(self, name: str, matrix: Matrix) -> Tensor | None:
+        """What stands beside a product where it is used: beside an addition, nothing."""
+        if self.format != "factored":
+            return None
+        return bias_of(self.source, f"{factored.module_of(name)}.bias", matrix)
+
     def _write(self, order: Factor, product: Product, index: int) -> None:
         """Puts the factors of one matrix in their places."""
-        for part, tensor in factored.encode(order.name, order.entry, product).items():
+        parts = FORMATS[self.format].encode(order.name, order.entry, product)
+        for part, tensor in parts.items():
             if tensor.is_floating_point():
                 _check_overflow(tensor, part)
             self.files.write(part, tensor, index * tensor.numel() * tensor.itemsize)
 
     def _record(self, order: Factor, measured: Measured) -> MatrixRecord:
-        info, entry, known = self.source.tensors[order.name], order.entry, order.decomposition
+        info, entry, known = self.stored.tensors[order.name], order.entry, order.decomposition
         parameters, sizes = count(info, entry, order.dtype)
         optimum = known.spectrum.relative_error(entry.rank) if known.all_values else None
         return MatrixRecord(

@@ -132,7 +132,7 @@ def _parsed(text: str) -> tuple[str, bool, tuple[int, ...]]:
             raise ValueError("the header of an array says no shape, or no dtype")
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # one of a tuned model and one of its base
 def _array(path: Path, array: Array, shape: tuple[int, ...], _: Stamp) -> memoryview:
     """The bytes of one array of a file as it then was."""
     return array.read(path, shape)

@@ -234,7 +234,7 @@ def _view(name: object, value: object, path: Path, records: Mapping[int, Record]
     return view
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # one of a tuned model and one of its base
 def _bytes(path: Path, view: Strided, stamp: Stamp) -> memoryview:
     """The bytes of one tensor of a file as it then was: row-major."""
     if not view.span:
@@ -245,7 +245,7 @@ def _bytes(path: Path, view: Strided, stamp: Stamp) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # one of a tuned model and one of its base
 def _content(path: Path, record: Record, _: Stamp) -> bytes | bytearray:
     """A record, kept because many tensors may be views of it."""
     return record.read(path)

@@ -37,6 +37,7 @@ class Source(ABC):
     path: Path  # what the user named: a folder, or one file
     tensors: Mapping[str, TensorInfo]  # from headers alone, in sorted order
     tied: Mapping[str, str] = field(default_factory=dict)  # name → the name it shares memory with
+    known: Mapping[str, str] = field(default_factory=dict, kw_only=True)  # SHA-256, hashed before
     folder: Path | None = field(init=False)  # where other files are; a single file has none
     stamps: Mapping[str, Stamp] = field(init=False)  # of every weight file, when it was opened
 
@@ -84,6 +85,13 @@ class Source(ABC):
         self.read(name, bytes_of(buffer), offset)
         return buffer
 
+    def entries(self, name: str, start: int, stop: int) -> Tensor:
+        """Returns entries start … stop − 1 of a tensor, in the order in which they are stored."""
+        dtype = DTYPES[self.tensors[name].dtype]
+        buffer = torch.empty(stop - start, dtype=dtype)
+        self.read(name, bytes_of(buffer), start * dtype.itemsize)
+        return buffer
+
     def chunks(self, name: str) -> Iterator[Tensor]:
         """Yields the bytes of a tensor in pieces of at most 64 MiB, each as uint8."""
         size = self.tensors[name].nbytes
@@ -93,7 +101,9 @@ class Source(ABC):
             yield piece
 
     def digest(self, name: str) -> str:
-        """Returns the SHA-256 of a tensor's bytes. Cost: reads it once."""
+        """Returns the SHA-256 of a tensor's bytes. Cost: reads it once, unless it is known."""
+        if name in self.known:
+            return self.known[name]
         found = hashlib.sha256()
         for piece in self.chunks(name):
             found.update(bytes_of(piece))

@@ -46,6 +46,22 @@ AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin too, as tensors only.")
 ]
 
+FactorDtype = Annotated[
+    str | None, typer.Option("--dtype", help="Of the factors; default: as what they stand for.")
+]
+Align = Annotated[int, typer.Option("--align", help="Ranks in multiples of this.")]
+AdapterRank = Annotated[int | None, typer.Option("--rank", help="The same rank for every module.")]
+AdapterEnergy = Annotated[
+    float | None, typer.Option("--energy", help="Fraction of each change to keep.")
+]
+AdapterError = Annotated[
+    float | None, typer.Option("--error", help="Largest relative error, each.")
+]
+AdapterSize = Annotated[
+    str | None,
+    typer.Option("--size", metavar="BYTES", help="Bytes of the adapter's tensors: 50MB, …"),
+]
+
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(k|m|g|t)?(i)?b?", re.IGNORECASE)
 
 
@@ -60,3 +76,13 @@ def byte_count(text: str, option: str) -> int:
     if size < 1:
         raise UsageError(f"{option} {text} is out of range: choose 1 byte or more.")
     return size
+
+
+def numbers(text: str | None, option: str) -> list[float] | None:
+    """Returns the numbers that "0.5,-1" says."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text} is no list of numbers: write 0.5,-1.") from None

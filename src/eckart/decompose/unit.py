@@ -61,11 +61,12 @@ class Decomposer:
     def _decompose(
         self, name: str, matrix: Matrix, request: Request, part: Path
     ) -> Decomposition | Failure:
-        seen, crc = hashlib.sha256(), 0
+        known, seen, crc = self.source.known.get(name), hashlib.sha256(), 0
         found: list[_Found] = []
         for index in range(matrix.count):
             stored = self.source.load(name, index, index + 1 if matrix.is_stack else None)
-            seen.update(bytes_of(stored))
+            if known is None:
+                seen.update(bytes_of(stored))
             crc = zlib.crc32(bytes_of(stored), crc)
             label = f"{name}[{index}]" if matrix.is_stack else name
             try:
@@ -75,7 +76,7 @@ class Decomposer:
         about = About(
             name=name,
             identity=self.identity,
-            source=seen.hexdigest(),
+            source=known or seen.hexdigest(),
             crc=crc,
             shape=matrix.shape,
             rank=len(found[0].vectors),

@@ -20,6 +20,7 @@ from eckart.checkpoint.writer import copy_file
 from eckart.errors import PromiseError, UsageError
 
 KEEPS = (0.8, 0.6)
+RANKS = (2, 8, 32)
 WINDOWS = 96
 """Of the held-out text: enough to see the damage, few enough to end within the minute."""
 
@@ -35,15 +36,18 @@ def embedded(*parts: str) -> Path:
 def tell(folder: Path, console: Console, *, force: bool = False) -> None:
     """Runs and prints the whole story; its outputs stay in `folder`."""
     began = time.monotonic()
-    outputs = [folder / name for keep in KEEPS for name in (f"keep-{keep}", f"keep-{keep}-dense")]
+    names = [name for keep in KEEPS for name in (f"keep-{keep}", f"keep-{keep}-dense")]
+    names += [name for rank in RANKS for name in (f"lora-{rank}", f"with-lora-{rank}")]
+    outputs = [folder / name for name in names]
     taken = [path for path in [folder / "base", *outputs] if path.exists()]
     if taken and not force:
         raise UsageError(f"{taken[0]} exists already: choose another -o, or add --force.")
     worked_example(console)
-    base, heldout = _unpack(folder)
+    base, heldout = _unpack(folder, "base")
     _inspect(base, console)
     factored = [_compress(base, folder, keep, console, force) for keep in KEEPS]
     _perplexities(base, heldout, factored, console, force)
+    _adapters(folder, base, console, force)
     _next(folder, base, console, time.monotonic() - began)
 
 
@@ -66,13 +70,14 @@ def worked_example(console: Console) -> None:
     console.print(f"  parameters                         {W.numel()} → {factors.parameters}")
 
 
-def _unpack(folder: Path) -> tuple[Path, Path]:
-    base, heldout = folder / "base", folder / "base-heldout.txt"
-    for source in sorted(embedded("models", "base").iterdir()):
-        copy_file(source, base / source.name)
+def _unpack(folder: Path, name: str) -> tuple[Path, Path]:
+    """An embedded model, and text that it has not seen, where the user can look at them."""
+    model, heldout = folder / name, folder / f"{name}-heldout.txt"
+    for source in sorted(embedded("models", name).iterdir()):
+        copy_file(source, model / source.name)
     if not heldout.exists():
-        write_file(heldout, embedded("texts", "base-heldout.txt").read_bytes())
-    return base, heldout
+        write_file(heldout, embedded("texts", f"{name}-heldout.txt").read_bytes())
+    return model, heldout
 
 
 def _inspect(base: Path, console: Console) -> None:
@@ -150,12 +155,48 @@ def _perplexities(
     )
 
 
+def _adapters(folder: Path, base: Path, console: Console, force: bool) -> None:
+    """What a fine-tune changed, as adapters of rising rank, each proved and folded in again."""
+    tuned, heldout = _unpack(folder, "tuned")
+    _heading(console, f"eckart extract {tuned} --base {base} -o … --rank R")
+    console.print(
+        "  The same model, tuned on another kind of text. Its norms changed too: they are"
+    )
+    console.print("  vectors, which no LoRA holds, so they are stored whole (--store-whole norms).")
+    models = {"base": base, "tuned": tuned}
+    table = _table("adapter", "rank", "error of the change", "bytes", "of the model")
+    for rank in RANKS:
+        out, applied = folder / f"lora-{rank}", folder / f"with-lora-{rank}"
+        certificate = api.extract(tuned, base, out, rank=rank, store_whole=["norms"], force=force)
+        api.apply(out, base, applied, force=force)
+        checks = [*api.verify(out, tuned, base=base), *api.verify(applied, out, base=base)]
+        if failed := [check for check in checks if not check.held]:
+            raise PromiseError(f"{out} does not hold its promise: {failed[0].detail}")
+        assert certificate.change is not None
+        model, size = certificate.totals.tensor_bytes
+        error = f"{certificate.change.relative_error:.3f}"
+        table.add_row(f" {out.name}", str(rank), error, f"{size:,}", f"{100 * size / model:.1f} %")
+        models[f"base + {out.name}"] = applied
+    console.print(table)
+    console.print("  Each is verified against both models, and folded into base by eckart apply.")
+    if importlib.util.find_spec("transformers") is None:
+        return
+    from eckart.hf import perplexity
+
+    _heading(console, f"Is it the tuned model? Perplexity per byte on {heldout}")
+    for name, model in models.items():
+        found = perplexity(model, heldout, windows=WINDOWS)
+        console.print(f"  {name:34} {found.value:8.3f}")
+
+
 def _next(folder: Path, base: Path, console: Console, seconds: float) -> None:
     _heading(console, f"Done in {seconds:.0f} s; everything is in {folder}. Try next")
     console.print(f"  eckart inspect {base}")
     console.print(f"  eckart compress {base} -o {folder / 'rank-16'} --rank 16 --dry-run")
     console.print(f"  eckart verify {folder / 'keep-0.6'} --against {base}")
+    console.print(f"  eckart resize {folder / 'lora-32'} -o {folder / 'lora-5'} --rank 5")
     console.print("  eckart compress YOUR-CHECKPOINT -o OUT --error 0.1")
+    console.print("  eckart extract YOUR-FINE-TUNE --base ITS-BASE -o LORA --size 50MB")
 
 
 def _heading(console: Console, text: str) -> None:
@@ -165,10 +206,9 @@ def _heading(console: Console, text: str) -> None:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 1))
     for column in columns:
-        left = column in ("matrix", "shape", "verdict")
-        table.add_column(
-            f" {column}" if column == "matrix" else column, justify="left" if left else "right"
-        )
+        left = column in ("matrix", "adapter", "shape", "verdict")
+        first = column in ("matrix", "adapter")
+        table.add_column(f" {column}" if first else column, justify="left" if left else "right")
     return table
 
 

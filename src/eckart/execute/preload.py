@@ -6,12 +6,11 @@ command's output through a pipe would wait for it, since it holds the other end 
 
 import atexit
 import os
+from importlib import import_module
 
-import torch  # noqa: F401
-
-import eckart.assemble.filling
-import eckart.execute.worker  # noqa: F401
 from eckart.execute.machine import keep_freed_memory
 
+for name in ("torch", "eckart.assemble.filling", "eckart.execute.worker"):
+    import_module(name)
 keep_freed_memory()
 atexit.register(os._exit, 0)

@@ -3,15 +3,21 @@
 Knows the formats and the certificate; must not know how the output was made.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from eckart.certificate import Certificate, read_certificate
+from eckart.certificate import Certificate, Kind, read_certificate
+from eckart.checkpoint.header import read_header
 from eckart.checkpoint.opening import open_checkpoint, open_source
 from eckart.checkpoint.paths import printable
-from eckart.checkpoint.source import Source
-from eckart.errors import CheckpointError, PromiseError
+from eckart.checkpoint.source import Checkpoint, Source
+from eckart.errors import CheckpointError, PromiseError, UsageError
 from eckart.execute import Progress, Silent, Workers, workers_for
+from eckart.formats.adapters import open_adapter
+from eckart.formats.peft import WEIGHTS
+from eckart.verification import adapter, merged
+from eckart.verification.adapter import checks_against_pair
 from eckart.verification.against import check_accounts, checks_against, digests_of
 from eckart.verification.alone import (
     check_claims,
@@ -21,15 +27,38 @@ from eckart.verification.alone import (
     check_output_counts,
     check_tensors,
 )
+from eckart.verification.applied import check_applied, checks_against_sum
 from eckart.verification.check import Check
+from eckart.verification.merged import checks_against_adapters
 
 __all__ = ["Check", "check_files", "verify_output"]
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What an output is to be held against, and by how many workers."""
+
+    out: Path
+    certificate: Certificate
+    against: Sequence[Path]
+    base: Path | None
+    allow_pickle: bool
+    workers: int | None
+    watch: Progress
+
+    def crew(self) -> Workers:
+        shapes = [record.shape for record in self.certificate.matrices]
+        return Workers(workers_for(shapes, self.workers, None), self.watch)
+
+    def source(self, path: Path) -> Source:
+        return open_source(path, allow_pickle=self.allow_pickle)
+
+
 def verify_output(
     out: Path,
-    against: Path | None = None,
+    against: Sequence[Path] = (),
     *,
+    base: Path | None = None,
     workers: int | None = None,
     allow_pickle: bool = False,
     watch: Progress | None = None,
@@ -38,32 +67,88 @@ def verify_output(
 
     Always: the certificate's own digest, the files (none missing, none added, sizes and SHA-256),
     that its claims agree with each other and with the tensors' names, shapes and finiteness, what
-    is counted of the output, and that no error is reported below the optimum. With `against`, the
-    source: its fingerprint, that each of its tensors is accounted for, the relative error of
+    is counted of the output, and that no error is reported below the optimum. With `against`, what
+    it was made from: the fingerprint, that each tensor is accounted for, the relative error of
     every changed matrix, Wx + b against B(Ax) + b on seeded inputs, what is counted of both, and
-    that every other tensor is identical to the byte. Raises PromiseError where the output cannot
-    even be read, CheckpointError where `out` or `against` is not what it should be.
+    that every other tensor is identical to the byte. A model with an adapter in it is held against
+    that adapter and its `base`, an adapter against the tuned model and the `base`, a merged one
+    against the adapters in their order. Raises PromiseError where the output cannot even be read,
+    CheckpointError where what it is held against is not what it should be.
     """
     certificate = _read_written(out)
     checks = [
         Check("certificate", held=True, detail="its digest holds"),
         check_files(out, certificate),
     ]
-    if checks[-1].held:
-        checks.append(check_claims(certificate))
     if not checks[-1].held:
         return checks
-    written = _open_written(out)
-    checks += [check_config(out, certificate), check_tensors(written, certificate)]
-    if not checks[-1].held:
-        return checks
-    checks += [check_output_counts(written, certificate), check_optima(certificate)]
-    if against is None:
-        return checks
-    source = open_source(against, allow_pickle=allow_pickle)
-    count = workers_for([record.shape for record in certificate.matrices], workers, None)
-    with Workers(count, watch or Silent()) as crew:
-        return [*checks, *_against(written, source, certificate, crew)]
+    request = _Request(out, certificate, against, base, allow_pickle, workers, watch or Silent())
+    _check_request(request)
+    alone, held_against = KINDS[certificate.kind]
+    written = _open_written(request)
+    for check in alone(out, written, certificate):
+        checks.append(check)
+        if not check.held:
+            return checks
+    return [*checks, *held_against(request, written)] if against else checks
+
+
+def _check_request(request: _Request) -> None:
+    """Each kind of output is held against as much as it was made from."""
+    kind, out, base = request.certificate.kind, printable(request.out), request.base
+    other = {"adapter": "the model it was extracted from", "applied": "the adapter in it"}.get(kind)
+    if other is None and base is not None:
+        raise UsageError(f"{out} has no base: leave --base out.")
+    if other is not None and bool(request.against) != (base is not None):
+        missing = f"--against, {other}" if base else "--base, too"
+        raise UsageError(f"{out} was made from two things: give {missing}.")
+    if kind != "merged" and len(request.against) > 1:
+        raise UsageError(f"{out} was not merged: give --against once.")
+
+
+def _checkpoint_alone(out: Path, written: Source, certificate: Certificate) -> Iterator[Check]:
+    yield check_claims(certificate)
+    yield check_config(out, certificate)
+    yield check_tensors(written, certificate)
+    yield check_output_counts(written, certificate)
+    yield check_optima(certificate)
+
+
+def _adapter_against(request: _Request, written: Source) -> Iterator[Check]:
+    assert request.base is not None
+    tuned, base = request.source(request.against[0]), request.source(request.base)
+    with request.crew() as crew:
+        yield from checks_against_pair(written, tuned, base, request.certificate, crew)
+
+
+def _applied_against(request: _Request, written: Source) -> Iterator[Check]:
+    assert request.base is not None
+    part, base = open_adapter(request.against[0]), request.source(request.base)
+    with request.crew() as crew:
+        yield from checks_against_sum(written, part, base, request.certificate, crew)
+
+
+def _merged_against(request: _Request, written: Source) -> Iterator[Check]:
+    adapters = [open_adapter(path) for path in request.against]
+    with request.crew() as crew:
+        yield from checks_against_adapters(written, adapters, request.certificate, crew)
+
+
+def _checkpoint_against(request: _Request, written: Source) -> Iterator[Check]:
+    with request.crew() as crew:
+        yield from _against(written, request.source(request.against[0]), request.certificate, crew)
+
+
+Alone = Callable[[Path, Source, Certificate], Iterator[Check]]
+Against = Callable[[_Request, Source], Iterator[Check]]
+
+KINDS: dict[Kind, tuple[Alone, Against]] = {
+    "factored": (_checkpoint_alone, _checkpoint_against),
+    "dense": (_checkpoint_alone, _checkpoint_against),
+    "adapter": (adapter.checks_alone, _adapter_against),
+    "applied": (check_applied, _applied_against),
+    "merged": (merged.checks_alone, _merged_against),
+}
 
 
 def _against(
@@ -91,8 +176,10 @@ def _read_written(out: Path) -> Certificate:
         raise PromiseError(str(error)) from None
 
 
-def _open_written(out: Path) -> Source:
+def _open_written(request: _Request) -> Source:
     try:
-        return open_checkpoint(out)
+        if request.certificate.kind in ("adapter", "merged"):
+            return Checkpoint(request.out, read_header(request.out / WEIGHTS))
+        return open_checkpoint(request.out)
     except CheckpointError as error:
         raise PromiseError(str(error)) from None

@@ -1,0 +1,106 @@
+"""What becomes of every tensor that differs: factored, stored whole, or lost, and then why.
+
+Knows what an adapter can hold; must not know how it is made.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from eckart.comparison import Changes
+from eckart.errors import LossError, UsageError
+from eckart.families import FLOATING, adaptable, is_embedding, is_norm
+from eckart.matrix import Matrix
+
+WHOLE = ("norms", "biases", "embeddings")
+
+ACCEPTED_SHARE = 1e-3
+"""Of the change's energy: what may be lost without a word from the user."""
+
+CHOSEN = ("excluded by --exclude", "not among --include")
+"""Reasons that are the user's own word."""
+
+SHOWN = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Fates:
+    """Every changed tensor is in exactly one of these."""
+
+    matrices: dict[str, Matrix]
+    whole: list[str]
+    lost: dict[str, str]  # and why, with what to do about it
+
+    def without(self, failed: dict[str, str]) -> "Fates":
+        """Returns the fates when some matrices could not be factored, and why."""
+        lost = {name: why for name, why in failed.items() if why}
+        return replace(self, lost={**self.lost, **lost})
+
+
+def check_kinds(store_whole: Sequence[str]) -> None:
+    """Raises UsageError for a kind of tensor that cannot be stored whole."""
+    for kind in store_whole:
+        if kind not in WHOLE:
+            raise UsageError(
+                f"--store-whole {kind} is unknown: choose among {', '.join(WHOLE)}, separated by "
+                "commas."
+            )
+
+
+def fates_of(
+    changes: Changes,
+    *,
+    store_whole: Sequence[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Fates:
+    """Returns what an adapter for PEFT can do about every tensor that differs."""
+    whole = [name for name in changes.changed if _is_whole(name, store_whole)]
+    rest = [name for name in changes.changed if name not in whole]
+    found, reasons = adaptable(changes.tuned, rest, include=include, exclude=exclude)
+    lost = {name: _remedy(name, why) for name, why in reasons.items()}
+    lost |= dict.fromkeys(changes.added, "not in the base: no adapter adds a tensor")
+    odd = [name for name in found if changes.base.tensors[name].dtype not in FLOATING]
+    lost |= {name: f"dtype {changes.base.tensors[name].dtype} in the base" for name in odd}
+    return Fates({name: found[name] for name in found if name not in odd}, whole, lost)
+
+
+def check_losses(changes: Changes, lost: dict[str, str]) -> None:
+    """Raises LossError if more than a thousandth of the change would be lost, naming all of it."""
+    energies = {**changes.changed, **changes.added}
+    unasked = {name: why for name, why in lost.items() if why not in CHOSEN}
+    share = lost_share(changes, unasked)
+    if share <= ACCEPTED_SHARE:
+        return
+    error = LossError(
+        f"{len(unasked)} of {len(energies)} changed tensors, {share:.1%} of the change's energy, "
+        "would not be in the adapter: do what is said of each, or add --accept-loss."
+    )
+    for name in sorted(unasked, key=lambda name: -energies[name])[:SHOWN]:
+        error.add_note(f"  {energies[name] / changes.energy:7.2%}  {name}: {unasked[name]}")
+    if len(unasked) > SHOWN:
+        error.add_note(f"  … and {len(unasked) - SHOWN} more, each with less")
+    raise error
+
+
+def lost_share(changes: Changes, lost: dict[str, str]) -> float:
+    """Returns the share of the change's energy that lies in some of its tensors."""
+    energies = {**changes.changed, **changes.added}
+    return sum(energies[name] for name in lost) / (changes.energy or 1.0)
+
+
+def _is_whole(name: str, kinds: Sequence[str]) -> bool:
+    if is_norm(name):
+        return "norms" in kinds
+    if name.endswith(".bias"):
+        return "biases" in kinds
+    return "embeddings" in kinds and name.endswith(".weight") and is_embedding(name)
+
+
+def _remedy(name: str, why: str) -> str:
+    if why in CHOSEN:
+        return why
+    if is_norm(name):
+        return "a norm: add --store-whole norms"
+    if name.endswith(".bias"):
+        return "a bias: add --store-whole biases"
+    return f"{why}: no LoRA holds it"

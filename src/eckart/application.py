@@ -1,0 +1,51 @@
+"""The stages of folding an adapter into its base.
+
+Knows the order of things; what is computed of each tensor is in `assemble.application`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from eckart.assemble.application import Applier, Order, certify_applied
+from eckart.assemble.job import Job
+from eckart.assemble.sidecars import write_sidecars
+from eckart.certificate import Certificate, read_certificate
+from eckart.checkpoint.paths import printable
+from eckart.checkpoint.source import Source
+from eckart.checkpoint.tensor_file import TensorLayout, lay_out_checkpoint
+from eckart.checkpoint.writer import CERTIFICATE
+from eckart.errors import InputError
+from eckart.execute import Task, Workers
+from eckart.formats.adapters import Adapter
+
+
+def write_applied(
+    adapter: Adapter,
+    orders: Mapping[str, Order],
+    layout: Mapping[str, TensorLayout],
+    job: Job,
+    workers: Workers,
+) -> Certificate:
+    """Lays the checkpoint out, fills it in any order, and certifies it."""
+    files = lay_out_checkpoint(job.staged, layout, job.shard_bytes)
+    sign = -1 if job.options["subtract"] else 1
+    unit = Applier(job.source, adapter.source, files, sign, job.threads)
+    tasks = [Task(name, (order,), order.seconds) for name, order in orders.items()]
+    filled = [one for _, one in workers.map(unit, tasks, "writing")]
+    files.sync()
+    write_sidecars(job, {})
+    for source in (job.source, adapter.source):
+        source.check_unchanged()
+    return certify_applied(job, adapter, orders, filled)
+
+
+def check_base(adapter: Path, fingerprint: str, base: Source) -> None:
+    """Raises InputError where the adapter's certificate names another base."""
+    if not (adapter / CERTIFICATE).exists():
+        return
+    known = read_certificate(adapter).base
+    if known is not None and known.fingerprint != fingerprint:
+        raise InputError(
+            f"{printable(adapter)} was extracted from another base ({printable(known.name)}) than "
+            f"{printable(base.path)}: their weights differ. Give that one, or add --other-base."
+        )

@@ -1,0 +1,274 @@
+"""An adapter folded into its base, or taken out again: W ± s·B·A, tensor by tensor.
+
+A unit of work that any process can be handed. Computed in float32 (float64 for float64), rounded
+once to the base's dtype; what rounding cost is measured as a share of what was added.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from eckart.assemble.certification import file_records, run_of, versions
+from eckart.assemble.filling import BYTES_PER_SECOND, Copy, Filled
+from eckart.assemble.job import Job
+from eckart.certificate import Certificate, MatrixRecord, Row, SourceRecord, TiedRow, Totals
+from eckart.checkpoint.header import TensorInfo
+from eckart.checkpoint.opening import open_checkpoint
+from eckart.checkpoint.paths import printable, write_file
+from eckart.checkpoint.source import Source, bytes_of
+from eckart.checkpoint.tensor_file import NAMES, TensorFiles, TensorLayout
+from eckart.checkpoint.writer import CERTIFICATE
+from eckart.decompose.request import FLOPS, on_threads, threads_for
+from eckart.errors import CheckpointError
+from eckart.families import FLOATING, matrix_as_used
+from eckart.formats.adapters import Adapter, Part
+from eckart.linalg.arrays import check_finite
+from eckart.linalg.blocks import row_blocks
+from eckart.linalg.norms import energy
+from eckart.linalg.residual import rounded_up
+from eckart.matrix import Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """A tensor to which a part of the adapter is added."""
+
+    name: str
+    part: Part
+    matrix: Matrix
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes."""
+        m, n = self.matrix.shape
+        products = 2 * m * n * self.part.rank / (FLOPS * threads_for(self.matrix.shape))
+        return products + 16 * m * n / BYTES_PER_SECOND
+
+
+@dataclass(frozen=True, slots=True)
+class AddBias:
+    """A bias to which the one of a part is added."""
+
+    name: str
+    part: Part
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """A tensor of which the adapter holds the new one."""
+
+    name: str
+    stored: str
+    nbytes: int
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes."""
+        return 2 * self.nbytes / BYTES_PER_SECOND
+
+
+Order = Copy | Add | AddBias | Replace
+
+UNTOUCHED = "not in the adapter"
+REPLACED = "as the adapter has it"
+SUMMED = "a bias, with what the adapter adds to it"
+
+
+@dataclass(frozen=True, slots=True)
+class Applier:
+    """Carries out one order."""
+
+    base: Source
+    adapter: Source
+    files: TensorFiles
+    sign: int
+    threads: int | None = None
+
+    def __call__(self, order: Order) -> Filled:
+        """Reads, adds, writes, reads back. Peak memory: one matrix twice, and blocks of it."""
+        match order:
+            case Copy():
+                return Filled(order.name, self._copy(self.base, order.name, order.stored))
+            case Replace():
+                self._copy(self.adapter, order.stored, order.name)
+                return Filled(order.name, self.base.digest(order.name))
+            case AddBias():
+                return self._add_bias(order)
+            case Add():
+                with on_threads(order.matrix.shape, self.threads):
+                    return self._add(order)
+
+    def _copy(self, source: Source, name: str, stored: str) -> str:
+        seen, offset = hashlib.sha256(), 0
+        for piece in source.chunks(name):
+            seen.update(bytes_of(piece))
+            self.files.write(stored, piece, offset)
+            offset += len(piece)
+        return seen.hexdigest()
+
+    def _add_bias(self, order: AddBias) -> Filled:
+        bias = self.base.load(order.name)
+        self.files.write(order.name, bias_sum(bias, order.part, self.adapter, self.sign))
+        return Filled(order.name, hashlib.sha256(bytes_of(bias)).hexdigest())
+
+    def _add(self, order: Add) -> Filled:
+        stored = self.base.load(order.name)
+        digest = hashlib.sha256(bytes_of(stored)).hexdigest()
+        W = order.matrix.read(stored)
+        missed = total = 0.0
+        for rows, exact, added in sums(W, order.part, self.adapter, self.sign):
+            W[rows] = exact.to(W.dtype)  # in place: every row is read before it is written
+            missed += energy(W[rows].to(exact.dtype) - exact)
+            total += energy(added)
+        check_finite(stored, order.name)
+        self.files.write(order.name, stored)
+        return Filled(order.name, digest, _record(order, stored, rounded_up(missed, total)))
+
+
+def bias_sum(bias: Tensor, part: Part, adapter: Source, sign: int) -> Tensor:
+    """Returns b + s·(the adapter's bias), computed in float32 or better, as b is stored."""
+    assert part.bias is not None
+    wide = torch.promote_types(bias.dtype, torch.float32)
+    return (bias.to(wide) + sign * part.scale * adapter.load(part.bias).to(wide)).to(bias.dtype)
+
+
+def sums(
+    W: Tensor, part: Part, adapter: Source, sign: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yields blocks of rows: which, W + s·BA in float32 or better, and what was added."""
+    wide = torch.promote_types(W.dtype, torch.float32)
+    factors = part.load(adapter).to(wide)
+    B = factors.B * (sign * part.scale)
+    for start, rows in row_blocks(W, wide):
+        where = slice(start, start + len(rows))
+        added = B[where] @ factors.A
+        yield where, rows + added, added
+
+
+def orders_of(
+    base: Source, adapter: Adapter, *, subtract: bool = False
+) -> tuple[dict[str, Order], dict[str, TensorLayout]]:
+    """Returns an order and a layout for every tensor of the base; CheckpointError where the
+    adapter is for another model."""
+    orders: dict[str, Order] = {}
+    layout: dict[str, TensorLayout] = {}
+    tensors = base.tensors
+    for name, info in tensors.items():
+        if name not in base.tied:
+            orders[name] = Copy(name, name, info.nbytes)
+            layout[name] = TensorLayout(info.dtype, info.shape, info.nbytes)
+    for name, stored in adapter.whole.items():
+        _check_there(name, base, adapter)
+        info = adapter.source.tensors[stored]
+        orders[name] = Replace(name, stored, info.nbytes)
+        layout[name] = TensorLayout(info.dtype, info.shape, info.nbytes)
+    for name, stored in adapter.bases.items():
+        _check_there(name, base, adapter)
+        if not subtract and adapter.source.digest(stored) != base.digest(name):
+            raise CheckpointError(
+                f"{printable(adapter.source.path)} holds another {printable(name)} than "
+                f"{printable(base.path)}, and adds to that one: give the base it was trained on."
+            )
+    for name, part in adapter.parts.items():
+        _check_there(name, base, adapter)
+        orders[name] = Add(name, part, _matrix(name, part, base))
+        if part.bias is not None:
+            bias = f"{name.removesuffix('.weight')}.bias"
+            _check_there(bias, base, adapter)
+            orders[bias] = AddBias(bias, part)
+    return orders, layout
+
+
+def _check_there(name: str, base: Source, adapter: Adapter) -> None:
+    if name not in base.tensors:
+        raise CheckpointError(
+            f"{printable(adapter.source.path)} adds to {printable(name)}, which is not in "
+            f"{printable(base.path)}: it is an adapter for another model."
+        )
+
+
+def _matrix(name: str, part: Part, base: Source) -> Matrix:
+    """How the tensor is read; its sides must be those of the product."""
+    stored = base.tensors[name]
+    fits = stored.dtype in FLOATING and len(stored.shape) in (2, 4)
+    matrix = matrix_as_used(name, base.tensors) if fits else None
+    if matrix is None or matrix.shape != part.shape:
+        raise CheckpointError(
+            f"{printable(name)} is {stored.dtype} {[*stored.shape]} in {printable(base.path)}, and "
+            f"the adapter adds a product of {part.shape[0]}×{part.shape[1]}: it is an adapter for "
+            "another model."
+        )
+    return matrix
+
+
+def _record(order: Add, stored: Tensor, error: float) -> MatrixRecord:
+    """What was added, and the share of it that rounding took: relative to ‖s·BA‖."""
+    (m, n), r = order.matrix.shape, order.part.rank
+    size = stored.numel() * stored.itemsize
+    return MatrixRecord(
+        name=order.name,
+        shape=order.matrix.stored,
+        dtype=NAMES[stored.dtype],
+        orientation=order.matrix.orientation,
+        rank=r,
+        form="dense",
+        parameters=(m * n, m * n),
+        bytes=(size, size),
+        relative_error=error,
+        excess_estimate=0.0,
+        optimum=None,
+        output_error=None,
+        metric="frobenius",
+        method="sum",
+        tail=[],
+    )
+
+
+def certify_applied(
+    job: Job, adapter: Adapter, orders: Mapping[str, Order], filled: Iterable[Filled]
+) -> Certificate:
+    """Writes eckart.json over everything that stands in the staged folder."""
+    base, filled = job.source, [*filled]
+    digests = {one.name: one.source_digest for one in filled if one.source_digest}
+    written = open_checkpoint(job.staged)
+    records = sorted((one.record for one in filled if one.record), key=lambda record: record.name)
+    both = [
+        [info for name, info in one.tensors.items() if name not in base.tied]
+        for one in (base, written)
+    ]
+    targeted = sum(record.parameters[0] for record in records)
+    certificate = Certificate(
+        kind="applied",
+        source=SourceRecord(name=base.name, fingerprint=base.fingerprint(digests)),
+        adapter=SourceRecord(name=adapter.source.name, fingerprint=adapter.source.fingerprint()),
+        options=job.options,
+        versions=versions(),
+        files=file_records(job.staged),
+        matrices=records,
+        copied=[Row(name=n, reason=UNTOUCHED) for n, o in orders.items() if isinstance(o, Copy)],
+        refitted=[
+            Row(name=n, reason=REPLACED if isinstance(o, Replace) else SUMMED)
+            for n, o in orders.items()
+            if isinstance(o, Replace | AddBias)
+        ],
+        tied=[TiedRow(name=name, to=to) for name, to in sorted(base.tied.items())],
+        factored={},
+        totals=Totals(
+            targeted_parameters=(targeted, targeted),
+            model_parameters=(_sum(both[0], "parameters"), _sum(both[1], "parameters")),
+            tensor_bytes=(_sum(both[0], "nbytes"), _sum(both[1], "nbytes")),
+            keep=1.0,
+        ),
+        run=run_of(job),
+    )
+    write_file(job.staged / CERTIFICATE, certificate.encode())
+    return certificate
+
+
+def _sum(infos: Iterable[TensorInfo], what: Literal["parameters", "nbytes"]) -> int:
+    return sum(getattr(info, what) for info in infos)

@@ -1,0 +1,322 @@
+"""A weighted sum of adapters as one adapter of less rank, without ever forming B·A.
+
+The factors of all summands, side by side, are a product of their exact sum; QR of both and the SVD
+of the small core give its singular values, and its best approximation at any rank.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from eckart.allocate import Choice, Item
+from eckart.assemble.adapters import dropped
+from eckart.assemble.certification import file_records, run_of, versions
+from eckart.assemble.filling import Copy, Filled
+from eckart.assemble.job import Job
+from eckart.assemble.measurement import tail
+from eckart.certificate import (
+    Certificate,
+    FactoredEntry,
+    MatrixRecord,
+    Row,
+    SourceRecord,
+    Totals,
+)
+from eckart.checkpoint.header import DTYPES, TensorInfo, read_header
+from eckart.checkpoint.paths import printable, write_file
+from eckart.checkpoint.source import Source
+from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout
+from eckart.checkpoint.writer import CERTIFICATE
+from eckart.decompose.request import FLOPS, on_threads
+from eckart.errors import CheckpointError
+from eckart.formats import peft
+from eckart.formats.adapters import Adapter, Part
+from eckart.linalg.arrays import check_finite
+from eckart.linalg.factors import Factors, recompress, split
+from eckart.linalg.norms import energy
+from eckart.linalg.residual import rounded_up
+from eckart.linalg.spectrum import Spectrum
+
+WHOLE = "stored whole in the adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class Summand:
+    """What one adapter contributes to a tensor: weight·scale·B·A."""
+
+    source: Source
+    part: Part
+    weight: float
+
+    def factors(self) -> Factors:
+        """Returns the product in float64, weight and scale in B."""
+        found = self.part.load(self.source).to(torch.float64)
+        return Factors(found.B * (self.weight * self.part.scale), found.A)
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A tensor to which a weighted sum of adapters adds."""
+
+    name: str
+    summands: tuple[Summand, ...]
+    shape: tuple[int, int]
+
+    @property
+    def rank(self) -> int:
+        """At most."""
+        return min(sum(one.part.rank for one in self.summands), *self.shape)
+
+    @property
+    def parameters(self) -> int:
+        """Of the factors that are given."""
+        return sum(one.part.rank for one in self.summands) * sum(self.shape)
+
+    @property
+    def seconds(self) -> float:
+        """About how long a decomposition takes."""
+        return 8 * sum(self.shape) * self.rank**2 / FLOPS
+
+    @property
+    def dtype(self) -> str:
+        """As the first adapter stores its factors."""
+        first = self.summands[0]
+        return first.source.tensors[first.part.A].dtype
+
+    def item(self, dtype: str | None) -> Item:
+        """Returns it as a budget sees it, its factors in `dtype` or as they are."""
+        size = DTYPES[self.dtype].itemsize
+        return Item(self.shape, 1, size, DTYPES[dtype or self.dtype].itemsize)
+
+    def bias_bytes(self, dtype: str | None) -> int:
+        """Returns what the bias takes, where there is one."""
+        size = DTYPES[dtype or self.dtype].itemsize
+        return size * self.shape[0] if any(one.part.bias for one in self.summands) else 0
+
+    def factors(self) -> Factors:
+        """Returns the exact sum: all factors, side by side."""
+        found = [one.factors() for one in self.summands]
+        return Factors(torch.cat([f.B for f in found], 1), torch.cat([f.A for f in found]))
+
+    def entry(self, rank: int) -> FactoredEntry:
+        """Returns how it is stored at a rank."""
+        first, (m, n) = self.summands[0], self.shape
+        A, part = first.source.tensors[first.part.A].shape, first.part
+        if len(A) == 4:
+            return FactoredEntry(rank=rank, form="ba", shape=(m, *A[1:]), orientation="out_in")
+        if part.is_embedding or part.transposed:
+            return FactoredEntry(rank=rank, form="ba", shape=(n, m), orientation="in_out")
+        return FactoredEntry(rank=rank, form="ba", shape=(m, n), orientation="out_in")
+
+
+def sums_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Sum]:
+    """Returns the tensors that any of the adapters adds to; CheckpointError where they disagree."""
+    found: dict[str, list[Summand]] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for name, part in adapter.parts.items():
+            found.setdefault(name, []).append(Summand(adapter.source, part, weight))
+    for name, summands in found.items():
+        first = summands[0]
+        for other in summands[1:]:
+            if (first.part.shape, first.part.is_embedding) != (
+                other.part.shape,
+                other.part.is_embedding,
+            ):
+                raise CheckpointError(
+                    f"{printable(name)} is {first.part.shape} in {printable(first.source.path)} "
+                    f"and {other.part.shape} in {printable(other.source.path)}: they are adapters "
+                    "for different models."
+                )
+    return {
+        name: Sum(name, tuple(summands), summands[0].part.shape)
+        for name, summands in sorted(found.items())
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class SpectrumOf:
+    """Finds the singular values of one sum."""
+
+    threads: int | None = None
+
+    def __call__(self, one: Sum) -> Spectrum:
+        """Cost: QR of both sides, the SVD of a core of the summed rank."""
+        with on_threads(one.shape, self.threads):
+            return recompress(one.factors(), name=one.name).spectrum
+
+
+@dataclass(frozen=True, slots=True)
+class Recombine:
+    """A sum to be written at a rank."""
+
+    name: str
+    sum: Sum
+    rank: int
+    dtype: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SumBias:
+    """What the adapters add to a bias, to be written as one."""
+
+    name: str
+    sum: Sum
+    stored: str
+    dtype: str
+    seconds: float = 0.0
+
+
+Order = Copy | Recombine | SumBias
+
+
+@dataclass(frozen=True, slots=True)
+class Recombiner:
+    """Carries out one order."""
+
+    first: Source
+    files: TensorFiles
+    threads: int | None = None
+
+    def __call__(self, order: Order) -> Filled:
+        """Computes, writes and measures. Peak memory: the factors, in float64."""
+        if isinstance(order, Copy):
+            offset = 0
+            for piece in self.first.chunks(order.name):
+                self.files.write(order.stored, piece, offset)
+                offset += len(piece)
+            return Filled(order.name, None)
+        if isinstance(order, SumBias):
+            self.files.write(order.stored, bias_of_sum(order.sum).to(DTYPES[order.dtype]))
+            return Filled(order.name, None)
+        with on_threads(order.sum.shape, self.threads):
+            return self._recombine(order)
+
+    def _recombine(self, order: Recombine) -> Filled:
+        exact = order.sum.factors()
+        svd = recompress(exact, name=order.name)
+        kept = split(svd.truncate(order.rank)).to(DTYPES[order.dtype])
+        A, B = peft.part_names(order.name)
+        for name, factor in ((A, kept.A), (B, kept.B)):
+            check_finite(factor, name)
+            self.files.write(name, factor)
+        (m, n), entry = order.sum.shape, order.sum.entry(order.rank)
+        size = DTYPES[order.dtype].itemsize
+        after, given = order.rank * (m + n), order.sum.parameters
+        record = MatrixRecord(
+            name=order.name,
+            shape=entry.shape,
+            dtype=order.dtype,
+            orientation=entry.orientation,
+            rank=order.rank,
+            form="ba",
+            parameters=(given, after),
+            bytes=(given * DTYPES[order.sum.dtype].itemsize, after * size),
+            relative_error=distance(exact, kept),
+            excess_estimate=0.0,
+            optimum=svd.spectrum.relative_error(order.rank) if svd.energy else 0.0,
+            output_error=None,
+            metric="frobenius",
+            method="core",
+            tail=tail(svd.spectrum, order.rank),
+        )
+        return Filled(order.name, None, record)
+
+
+def distance(exact: Factors, kept: Factors) -> float:
+    """Returns ‖BA − B'A'‖_F/‖BA‖_F from the factors alone, in float64: QR of both sides."""
+    kept = kept.to(torch.float64)
+    both = Factors(torch.cat([exact.B, -kept.B], 1), torch.cat([exact.A, kept.A]))
+    return rounded_up(_energy(both), _energy(exact))
+
+
+def _energy(product: Factors) -> float:
+    R, L = (torch.linalg.qr(side, mode="r").R for side in (product.A.mT, product.B))
+    return energy(L @ R.mT)
+
+
+def bias_of_sum(one: Sum) -> torch.Tensor:
+    """Returns what a sum adds to the bias of its layer, in float64."""
+    terms = [
+        s.weight * s.part.scale * s.source.load(s.part.bias).double()
+        for s in one.summands
+        if s.part.bias is not None
+    ]
+    return torch.stack(terms).sum(0)
+
+
+def certify_merged(
+    job: Job,
+    adapters: Sequence[Adapter],
+    sums: Mapping[str, Sum],
+    choices: Mapping[str, Choice],
+    filled: Iterable[Filled],
+) -> Certificate:
+    """Writes eckart.json over everything that stands in the staged folder."""
+    records = [one.record for one in filled if one.record]
+    records += [
+        dropped(sums[name].entry(0), sums[name].dtype, name, sums[name].parameters)
+        for name, choice in choices.items()
+        if not choice.rank
+    ]
+    records.sort(key=lambda record: record.name)
+    before = sum(one.parameters for one in sums.values())
+    after = sum(record.parameters[1] for record in records)
+    given = [info for adapter in adapters for info in adapter.source.tensors.values()]
+    written = [*read_header(job.staged / peft.WEIGHTS).values()]
+    sources = [
+        SourceRecord(name=one.source.name, fingerprint=one.source.fingerprint()) for one in adapters
+    ]
+    certificate = Certificate(
+        kind="merged",
+        source=sources[0],
+        merged=sources,
+        options=job.options,
+        versions=versions(),
+        files=file_records(job.staged),
+        matrices=records,
+        copied=[Row(name=name, reason=WHOLE) for name in adapters[0].whole],
+        factored={
+            peft.module_of(row.name): sums[row.name].entry(row.rank) for row in records if row.rank
+        },
+        totals=Totals(
+            targeted_parameters=(before, after),
+            model_parameters=(_parameters(given), _parameters(written)),
+            tensor_bytes=(sum(i.nbytes for i in given), sum(i.nbytes for i in written)),
+            keep=after / before if before else 0.0,
+        ),
+        run=run_of(job),
+    )
+    write_file(job.staged / CERTIFICATE, certificate.encode())
+    return certificate
+
+
+def layout_of(
+    sums: Mapping[str, Sum],
+    choices: Mapping[str, Choice],
+    adapter: Adapter,
+    dtype: str | None,
+) -> tuple[dict[str, TensorLayout], dict[str, Order]]:
+    """Returns what is to be laid out, and the order that fills each tensor."""
+    layout: dict[str, TensorLayout] = {}
+    orders: dict[str, Order] = {}
+    for name, one in sums.items():
+        if not (rank := choices[name].rank):
+            continue
+        stored = dtype or one.dtype
+        layout |= peft.layout(name, one.entry(rank), stored)
+        orders[name] = Recombine(name, one, rank, stored, 2 * one.seconds)
+        if any(summand.part.bias for summand in one.summands):
+            bias = peft.bias_name(name)
+            layout[bias] = TensorLayout.of(stored, (one.shape[0],))
+            orders[bias] = SumBias(bias, one, bias, stored)
+    for name, stored in adapter.whole.items():
+        info = adapter.source.tensors[stored]
+        layout[stored] = TensorLayout(info.dtype, info.shape, info.nbytes)
+        orders[name] = Copy(stored, stored, info.nbytes)
+    return layout, orders
+
+
+def _parameters(infos: Iterable[TensorInfo]) -> int:
+    return sum(info.parameters for info in infos)

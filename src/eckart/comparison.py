@@ -1,0 +1,144 @@
+"""What differs between a model and its base, tensor by tensor: bytes, energy, digests.
+
+Knows two sources; must not know what becomes of a difference.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from eckart.checkpoint.delta import Delta, delta_of
+from eckart.checkpoint.header import DTYPES
+from eckart.checkpoint.paths import printable
+from eckart.checkpoint.source import Source, bytes_of
+from eckart.errors import NonFiniteError
+from eckart.families import FLOATING
+from eckart.linalg.norms import energy
+
+PIECE_ENTRIES = 2**22
+"""Compared at once: they stay in memory as stored, and in blocks in the cache as subtracted."""
+
+BLOCK = 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One tensor of both: SHA-256 of its bytes in each, and ‖tuned − base‖_F²."""
+
+    digests: tuple[str, str]  # tuned, base
+    energy: float
+    equal: bool  # every entry
+
+
+@dataclass(frozen=True, slots=True)
+class Comparer:
+    """Compares one tensor that stands in both with the same shape."""
+
+    tuned: Source
+    base: Source
+
+    def __call__(self, name: str) -> Compared:
+        """Reads both once, in pieces. Peak: a piece of each. NonFiniteError names the tensor."""
+        ours, theirs = self.tuned.tensors[name], self.base.tensors[name]
+        if {ours.dtype, theirs.dtype} - DTYPES.keys():
+            return self._by_digest(name)
+        ours_seen, theirs_seen = hashlib.sha256(), None
+        missed, equal = 0.0, True
+        for start in range(0, ours.parameters, PIECE_ENTRIES):
+            stop = min(start + PIECE_ENTRIES, ours.parameters)
+            W, W0 = (s.entries(name, start, stop) for s in (self.tuned, self.base))
+            same = W.dtype == W0.dtype and bytes_of(W) == bytes_of(W0)
+            if theirs_seen is None and not same:
+                theirs_seen = ours_seen.copy()  # equal up to here
+            ours_seen.update(bytes_of(W))
+            if theirs_seen is not None:
+                theirs_seen.update(bytes_of(W0))
+            if not same:
+                missed, equal = missed + _energy_between(W, W0), equal and torch.equal(W, W0)
+        if not math.isfinite(missed) and {ours.dtype, theirs.dtype} <= {*FLOATING}:
+            raise NonFiniteError(
+                f"{printable(name)} has a NaN or Inf in {printable(self.tuned.path)} or in "
+                f"{printable(self.base.path)}, or they are too far apart: repair it, or leave the "
+                "tensor out with --exclude."
+            )
+        digest = ours_seen.hexdigest()
+        digests = digest, digest if theirs_seen is None else theirs_seen.hexdigest()
+        return Compared(digests, missed, equal)
+
+    def _by_digest(self, name: str) -> Compared:
+        """Of what torch cannot hold, equal or not is all that can be told."""
+        digests = self.tuned.digest(name), self.base.digest(name)
+        return Compared(digests, 0.0, digests[0] == digests[1])
+
+
+@dataclass(frozen=True)
+class Changes:
+    """A model against its base: every tensor that both have with equal shapes, compared."""
+
+    tuned: Source
+    base: Source
+    compared: Mapping[str, Compared]
+
+    @cached_property
+    def changed(self) -> dict[str, float]:
+        """The tensors that differ, and the energy of each difference."""
+        return {name: one.energy for name, one in self.compared.items() if not one.equal}
+
+    @property
+    def unchanged(self) -> list[str]:
+        """The tensors that are equal in both."""
+        return [name for name, one in self.compared.items() if one.equal]
+
+    @cached_property
+    def added(self) -> dict[str, float]:
+        """The tensors that only the tuned model has, and their own energies."""
+        return {
+            name: _own_energy(self.tuned, name)
+            for name in self.tuned.tensors
+            if name not in self.compared and name not in self.tuned.tied
+        }
+
+    @property
+    def energy(self) -> float:
+        """Of all that the tuned model has and the base has not."""
+        return math.fsum([*self.changed.values(), *self.added.values()])
+
+    def delta(self) -> Delta:
+        """Returns the floating tensors that differ, as a source."""
+        names = {
+            name: hashlib.sha256("".join(one.digests).encode()).hexdigest()
+            for name, one in self.compared.items()
+            if not one.equal
+            and {s.tensors[name].dtype for s in (self.tuned, self.base)} <= {*FLOATING}
+        }
+        return delta_of(self.tuned, self.base, names)
+
+    def fingerprints(self) -> tuple[str, str]:
+        """Returns those of the tuned model and of the base. Cost: reads what only one has."""
+        ours, theirs = (
+            {name: one.digests[side] for name, one in self.compared.items()} for side in (0, 1)
+        )
+        return self.tuned.fingerprint(ours), self.base.fingerprint(theirs)
+
+
+def _energy_between(W: Tensor, W0: Tensor) -> float:
+    """‖W − W0‖² of two pieces, by blocks that stay in the cache."""
+    wide = torch.float64 if 8 in (W.dtype.itemsize, W0.dtype.itemsize) else torch.float32
+    blocks = zip(W.split(BLOCK), W0.split(BLOCK), strict=True)
+    return sum(energy(a.to(wide) - b.to(wide)) for a, b in blocks)
+
+
+def _own_energy(source: Source, name: str) -> float:
+    info = source.tensors[name]
+    if info.dtype not in FLOATING:
+        return 0.0
+    starts = range(0, info.parameters, PIECE_ENTRIES)
+    pieces = (
+        source.entries(name, start, min(start + PIECE_ENTRIES, info.parameters)) for start in starts
+    )
+    return sum(energy(piece) for piece in pieces)

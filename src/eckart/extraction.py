@@ -1,0 +1,179 @@
+"""The stages of an extraction: compare, decompose what differs, choose, write the adapter.
+
+Knows the order of things; the stages between are those of a compression, over a difference.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from eckart.accounting import Fates, check_losses
+from eckart.allocate import Choice, RankPolicy, Terms, paying_rank
+from eckart.assemble.adapters import adapter_assembly, certify_adapter
+from eckart.assemble.filling import BYTES_PER_SECOND
+from eckart.assemble.job import Job
+from eckart.assemble.measurement import item_of
+from eckart.certificate import Certificate, FactoredEntry
+from eckart.checkpoint.delta import Delta
+from eckart.checkpoint.paths import printable
+from eckart.checkpoint.source import Source
+from eckart.comparison import Changes, Comparer
+from eckart.decompose.work import Work
+from eckart.errors import InputError, PromiseError
+from eckart.execute import Task, Workers
+from eckart.planning import Targets, open_dense
+
+SHARED_SHARE = 0.5
+"""Of the tuned model's parameters: with less in common, the base is another model's."""
+
+
+def open_pair(tuned: Path, base: Path, *, allow_pickle: bool) -> tuple[Source, Source]:
+    """Returns a model and its base; InputError where headers show that they are not a pair."""
+    ours = open_dense(tuned, allow_pickle=allow_pickle)
+    theirs = open_dense(base, allow_pickle=allow_pickle)
+    shared = [name for name in ours.tensors if name in theirs.tensors]
+    common = sum(ours.tensors[name].parameters for name in shared)
+    total = sum(info.parameters for info in ours.tensors.values())
+    if common < SHARED_SHARE * total:
+        raise InputError(
+            f"{printable(base)} is not the base of {printable(tuned)}: they have "
+            f"{common / total:.1%} of its parameters in common, by the tensors' names."
+        )
+    for name in shared:
+        mine, its = ours.tensors[name].shape, theirs.tensors[name].shape
+        if mine != its:
+            raise InputError(
+                f"{printable(name)} is {_shape(mine)} in {printable(tuned)} and {_shape(its)} in "
+                f"{printable(base)}: a change needs equal shapes. Give the base it was tuned from."
+            )
+    return ours, theirs
+
+
+def compare_all(tuned: Source, base: Source, workers: Workers) -> Changes:
+    """Reads both, tensor by tensor; InputError if nothing differs."""
+    tasks = [
+        Task(name, (name,), 4 * info.nbytes / BYTES_PER_SECOND)
+        for name, info in tuned.tensors.items()
+        if name in base.tensors and name not in tuned.tied
+    ]
+    compared = dict(workers.map(Comparer(tuned, base), tasks, "comparing"))
+    changes = Changes(tuned, base, dict(sorted(compared.items())))
+    if not changes.changed and not changes.added:
+        raise InputError(
+            f"there is nothing to extract: {printable(tuned.path)} and {printable(base.path)} hold "
+            "the same weights."
+        )
+    return changes
+
+
+def adapter_targets(
+    changes: Changes,
+    fates: Fates,
+    delta: Delta,
+    policy: RankPolicy,
+    *,
+    align: int,
+    dtype: str | None,
+) -> Targets:
+    """Returns the matrices that differ, as a policy sees them; factors in the tuned dtype."""
+    tuned = changes.tuned.tensors
+    dtypes = {name: dtype or tuned[name].dtype for name in fates.matrices}
+    items = {
+        name: item_of(tuned[name], matrix, dtypes[name]) for name, matrix in fates.matrices.items()
+    }
+    rest = sum(tuned[name].nbytes for name in fates.whole)
+    terms = Terms("ba", align, rest, additive=True)
+    policy.check(items, terms)
+    return Targets(delta, policy, terms, dtype, fates.matrices, items, {}, {}, dtypes)
+
+
+def write_adapter(
+    work: Work,
+    choices: Mapping[str, Choice],
+    targets: Targets,
+    job: Job,
+    workers: Workers,
+    *,
+    changes: Changes,
+    fates: Fates,
+    accept_loss: bool,
+) -> Certificate:
+    """Refuses what would be lost, else writes the adapter, measures it, and certifies it."""
+    failed = {
+        name: f"{choice.reason.removeprefix('dense: ')}" if choice.rank is None else ""
+        for name, choice in choices.items()
+        if not choice.rank
+    }
+    _check_promise(choices, targets)
+    fates = fates.without(failed)
+    if not accept_loss:
+        check_losses(changes, fates.lost)
+    delta = targets.source
+    assert isinstance(delta, Delta)
+    if not any(choice.rank for choice in choices.values()):
+        raise InputError(
+            f"no matrix of {printable(changes.tuned.path)} differs in a way that a LoRA holds, and "
+            "PEFT loads no adapter without one: copy the tensors that changed instead."
+        )
+    assembly = adapter_assembly(
+        delta,
+        fates.matrices,
+        choices,
+        work.done,
+        targets.dtypes,
+        whole=fates.whole,
+    )
+    filler, files = assembly.begin(job)
+    tasks = [Task(name, (order,), order.seconds) for name, order in assembly.orders.items()]
+    filled = [one for _, one in workers.map(filler, tasks, "writing")]
+    files.sync()
+    assembly.write_configuration(job)
+    job.source.check_unchanged()
+    return certify_adapter(
+        job,
+        changes,
+        assembly,
+        filled,
+        matrices=fates.matrices,
+        lost=fates.lost,
+        remarks=remarks_of(changes, fates, assembly.entries),
+    )
+
+
+def remarks_of(changes: Changes, fates: Fates, entries: Mapping[str, FactoredEntry]) -> list[str]:
+    """Returns what a reader of the numbers should know."""
+    remarks: list[str] = []
+    large = [
+        name
+        for name, entry in entries.items()
+        if entry.rank > paying_rank(fates.matrices[name].shape, "ba")
+    ]
+    if large:
+        remarks.append(
+            f"{len(large)} of the matrices take more parameters as factors than as they are: what "
+            "was added to them is not of low rank. Choose a smaller rank, or keep the tuned model."
+        )
+    if any(name.endswith(".bias") for name in fates.whole):
+        remarks.append(
+            "PEFT loads whole biases into the base itself: disabling the adapter does not bring "
+            "the base's own back."
+        )
+    gone = [name for name in changes.base.tensors if name not in changes.tuned.tensors]
+    if gone:
+        some = ", ".join(printable(name) for name in gone[:3])
+        remarks.append(f"{len(gone)} tensors of the base are not in the tuned model: {some}, …")
+    return remarks
+
+
+def _check_promise(choices: Mapping[str, Choice], targets: Targets) -> None:
+    """An error that no rank keeps, as rounded, is no reason to lose a matrix."""
+    for name, choice in choices.items():
+        if choice.rank is None and choice.reason.startswith("dense: rounded"):
+            raise PromiseError(
+                f"what was added to {printable(name)} cannot be stored within the "
+                f"{targets.policy.name} asked: rounded to {targets.dtypes[name]}, no rank is near "
+                "enough. Add --dtype float32, or allow more."
+            )
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "a scalar"

@@ -1,0 +1,208 @@
+"""LoRA adapters in PEFT's format, read strictly: what each adds to which tensor, and how strongly.
+
+Knows the configuration and the tensors' names; must not know the model. Whatever changes what an
+adapter does and is not understood here is refused by name, never passed over.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eckart.checkpoint.documents import read_json
+from eckart.checkpoint.header import read_header
+from eckart.checkpoint.paths import is_there, printable
+from eckart.checkpoint.source import Checkpoint, Source
+from eckart.errors import CheckpointError
+from eckart.families import FLOATING, is_embedding
+from eckart.formats.patterns import first_match
+from eckart.formats.peft import CONFIG, PREFIX, WEIGHTS
+from eckart.linalg.factors import Factors
+
+INERT = frozenset(
+    {
+        *("alora_invocation_tokens", "arrow_config", "auto_mapping", "base_model_name_or_path"),
+        *("corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode"),
+        *("init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config"),
+        *("lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save"),
+        *("peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules"),
+        *("task_type", "velora_config"),
+    }
+)
+"""Fields that say nothing of what is added: how it was trained, and where it goes by names that
+the tensors have anyway."""
+
+UNDERSTOOD = frozenset(
+    {
+        *("alpha_pattern", "bias", "fan_in_fan_out", "lora_alpha", "lora_bias", "peft_type", "r"),
+        *("rank_pattern", "use_rslora"),
+    }
+)
+
+NEUTRAL: tuple[object, ...] = (None, False, [], {}, "none")
+"""Values of any other field that change nothing."""
+
+PARTS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
+    ".lora_B.bias": "bias",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What an adapter adds to one tensor: scale·B·A, and to its layer's bias."""
+
+    name: str  # X.weight
+    A: str  # the tensors' names in the adapter
+    B: str
+    bias: str | None
+    rank: int
+    scale: float
+    is_embedding: bool
+    transposed: bool  # the layer stores (in, out), as GPT-2's Conv1D
+    shape: tuple[int, int]  # (m, n) of B·A
+
+    def load(self, source: Source) -> Factors:
+        """Returns B and A as they are stored."""
+        return Factors(source.load(self.B).flatten(1), source.load(self.A).flatten(1))
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter's file, what each part of it does, and what it replaces."""
+
+    source: Source
+    config: Mapping[str, Any]
+    parts: Mapping[str, Part]  # by tensor of the model
+    whole: Mapping[str, str]  # tensor of the model → the adapter's
+    bases: Mapping[str, str]  # … of a layer under a LoRA, which must be the base's own
+
+
+def open_adapter(folder: Path) -> Adapter:
+    """Returns an adapter from its headers and configuration; CheckpointError if any of it is not
+    understood, or does not agree."""
+    for name in (CONFIG, WEIGHTS):
+        if not is_there(folder / name):
+            raise CheckpointError(
+                f"there is no {name} in {printable(folder)}: give the folder of a LoRA adapter in "
+                "PEFT's format."
+            )
+    config = read_json(folder / CONFIG)
+    _check_config(config, folder)
+    source = Checkpoint(folder, read_header(folder / WEIGHTS))
+    parts, whole, bases = _sorted_out(source)
+    if not parts and not whole:
+        raise CheckpointError(f"{printable(folder)} holds no LoRA at all: give another adapter.")
+    return Adapter(
+        source,
+        config,
+        {f"{X}.weight": _part(X, found, source, config) for X, found in sorted(parts.items())},
+        whole,
+        bases,
+    )
+
+
+def _check_config(config: Mapping[str, Any], folder: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"{printable(folder)} is an adapter of type {printable(config.get('peft_type'))}: only "
+            "LORA is understood."
+        )
+    odd = {
+        key: value
+        for key, value in config.items()
+        if key not in INERT | UNDERSTOOD and value not in NEUTRAL
+    }
+    if odd:
+        key, value = min(odd.items())
+        raise CheckpointError(
+            f"{printable(folder / CONFIG)} has {printable(key)} = {printable(value)}, which "
+            "changes what the adapter does and is not supported: merge it with PEFT and extract it."
+        )
+    for key in ("r", "lora_alpha"):
+        _number(config, key, folder)
+
+
+def _number(config: Mapping[str, Any], key: str, folder: Path) -> float:
+    value = config.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+        raise CheckpointError(
+            f"{printable(folder / CONFIG)} has {key} = {printable(value)}: it must be a number "
+            "from 0."
+        )
+    return float(value)
+
+
+def _sorted_out(
+    source: Source,
+) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str]]:
+    """The parts of each module, the tensors that stand for whole ones, and copies of the base's.
+
+    (PEFT saves an embedding beside its LoRA, resized or not.)
+    """
+    parts: dict[str, dict[str, str]] = {}
+    whole, bases = dict[str, str](), dict[str, str]()
+    for name in source.tensors:
+        if not name.startswith(PREFIX):
+            raise CheckpointError(
+                f"{printable(name)} in {printable(source.path)} is no tensor of a PEFT adapter: "
+                f"they begin with {PREFIX}"
+            )
+        end = next((end for end in PARTS if name.endswith(end)), None)
+        if end is None:
+            if ".lora_" in name:
+                raise CheckpointError(
+                    f"{printable(name)} in {printable(source.path)} is not supported: only "
+                    "lora_A, lora_B and lora_embedding_A, _B are."
+                )
+            layer = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+            (bases if name.endswith(".base_layer.weight") else whole)[layer] = name
+        else:
+            X = name.removeprefix(PREFIX).removesuffix(end)
+            parts.setdefault(X, {})[PARTS[end]] = name
+    return parts, whole, bases
+
+
+def _part(X: str, found: Mapping[str, str], source: Source, config: Mapping[str, Any]) -> Part:
+    where = f"{printable(X)} in {printable(source.path)}"
+    if not {"A", "B"} <= found.keys():
+        there = ", ".join(printable(name) for name in found.values())
+        raise CheckpointError(f"{where} has only {there}: A and B belong together.")
+    A, B = (source.tensors[found[part]] for part in "AB")
+    for info in (A, B):
+        if info.dtype not in FLOATING or len(info.shape) not in (2, 4) or 0 in info.shape:
+            raise CheckpointError(f"{where} has a factor of {info.dtype} {[*info.shape]}.")
+    rank = A.shape[0]
+    if found["A"].endswith("_A") != is_embedding(f"{X}.weight"):
+        raise CheckpointError(f"{where} is not stored as its name would have it: rename it.")
+    stated = first_match(_pattern(config, "rank_pattern"), X) or config["r"]
+    if B.shape[1] != rank or rank != stated:
+        raise CheckpointError(
+            f"{where} has A {[*A.shape]} and B {[*B.shape]}, and its configuration says rank "
+            f"{printable(stated)}: they must agree."
+        )
+    given = first_match(_pattern(config, "alpha_pattern"), X)
+    alpha = config["lora_alpha"] if given is None else given
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return Part(
+        f"{X}.weight",
+        found["A"],
+        found["B"],
+        found.get("bias"),
+        rank,
+        scale,
+        found["A"].endswith("_A"),
+        bool(config.get("fan_in_fan_out")) and A.shape[2:] == () and not found["A"].endswith("_A"),
+        (B.shape[0], math.prod(A.shape[1:])),
+    )
+
+
+def _pattern(config: Mapping[str, Any], key: str) -> Mapping[str, float]:
+    found = config.get(key) or {}
+    if not isinstance(found, dict) or not all(isinstance(v, int | float) for v in found.values()):
+        raise CheckpointError(f"{key} = {printable(found)} is no table of numbers by module.")
+    return found

@@ -1,0 +1,114 @@
+"""A base with an adapter folded in: every sum computed again from both.
+
+Knows the formats and the certificate; must not know how the output was made.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from eckart.assemble.application import AddBias, Replace, bias_sum, orders_of, sums
+from eckart.assemble.filling import BYTES_PER_SECOND
+from eckart.certificate import Certificate, MatrixRecord
+from eckart.checkpoint.paths import printable
+from eckart.checkpoint.source import Source
+from eckart.decompose.request import on_threads
+from eckart.errors import CheckpointError
+from eckart.execute import Task, Workers
+from eckart.families import matrix_as_used
+from eckart.formats.adapters import Adapter, Part
+from eckart.linalg.norms import energy
+from eckart.linalg.residual import rounded_up
+from eckart.verification.against import ROUNDING, digests_of
+from eckart.verification.check import Check
+
+NOISE = 1e-6
+"""Of the addition: float32 sums in another order."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Measurer:
+    """Measures one sum again."""
+
+    base: Source
+    adapter: Source
+    written: Source
+    sign: int
+
+    def __call__(self, name: str, part: Part) -> float:
+        """Returns ‖W' − (W + s·BA)‖/‖s·BA‖ of the tensor as it is stored."""
+        matrix, missed, total = matrix_as_used(name, self.base.tensors), 0.0, 0.0
+        with on_threads(matrix.shape, None):
+            W, found = matrix.load(self.base, name), matrix.load(self.written, name)
+            for rows, exact, added in sums(W, part, self.adapter, self.sign):
+                missed += energy(found[rows].to(exact.dtype) - exact)
+                total += energy(added)
+        return rounded_up(missed, total)
+
+
+def check_applied(out: Path, written: Source, certificate: Certificate) -> Iterator[Check]:
+    """Yields what the output in `out` tells of itself: every tensor is accounted for."""
+    rows = [*certificate.matrices, *certificate.copied, *certificate.refitted]
+    names = [row.name for row in rows]
+    faults = [f"{name} is missing" for name in sorted({*names} - written.tensors.keys())]
+    faults += [f"{name} is not accounted for" for name in sorted(written.tensors.keys() - {*names})]
+    faults += [f"{name} stands there twice" for name in sorted({*names}) if names.count(name) > 1]
+    yield Check.of("tensors", faults, f"{len(written.tensors)} tensors, all accounted for")
+
+
+def checks_against_sum(
+    written: Source, adapter: Adapter, base: Source, certificate: Certificate, workers: Workers
+) -> Iterator[Check]:
+    """Yields a check of every sum, and of the copies."""
+    digests = digests_of(base, base.tensors, workers)
+    for source, found, known in (
+        (base, base.fingerprint(digests), certificate.source),
+        (adapter.source, adapter.source.fingerprint(), certificate.adapter),
+    ):
+        if known is None or found != known.fingerprint:
+            raise CheckpointError(
+                f"{printable(source.path)} is not what {printable(written.path)} was made from "
+                f"({printable(known.name if known else '')}): its weights differ."
+            )
+    sign = -1 if certificate.options.get("subtract") else 1
+    orders, layout = orders_of(base, adapter, subtract=sign < 0)
+    yield _check_names(written, certificate, adapter, {*layout})
+    unit = _Measurer(base, adapter.source, written, sign)
+    seconds = {name: base.tensors[name].nbytes / BYTES_PER_SECOND for name in adapter.parts}
+    tasks = [Task(name, (name, part), seconds[name]) for name, part in adapter.parts.items()]
+    measured = dict(workers.map(unit, tasks, "measuring"))
+    for record in certificate.matrices:
+        yield _check_sum(record, measured[record.name])
+    faults: list[str] = []
+    for name, order in orders.items():
+        if isinstance(order, AddBias):
+            again = bias_sum(base.load(name), order.part, adapter.source, sign)
+            if not again.equal(written.load(name)):
+                faults.append(f"{name} is not the sum")
+        elif isinstance(order, Replace) and _differs(written, name, adapter, order.stored):
+            faults.append(f"{name} differs from the adapter's")
+    yield Check.of("others", faults, f"{len(certificate.refitted)} tensors as the adapter says")
+    names = [row.name for row in certificate.copied]
+    copies = digests_of(written, names, workers)
+    faults = [f"{name} differs from the base's" for name in names if copies[name] != digests[name]]
+    yield Check.of("copies", faults, f"{len(names)} tensors identical to the base, byte for byte")
+
+
+def _differs(written: Source, name: str, adapter: Adapter, stored: str) -> bool:
+    return written.digest(name) != adapter.source.digest(stored)
+
+
+def _check_names(
+    written: Source, certificate: Certificate, adapter: Adapter, expected: set[str]
+) -> Check:
+    faults = [f"{name} is missing" for name in sorted(expected - written.tensors.keys())]
+    faults += [f"{name} was added" for name in sorted(written.tensors.keys() - expected)]
+    wrong = {record.name for record in certificate.matrices} ^ adapter.parts.keys()
+    faults += [f"{name} is wrongly said to be a sum, or not" for name in sorted(wrong)]
+    return Check.of("accounts", faults, f"{len(expected)} tensors, each in one row")
+
+
+def _check_sum(record: MatrixRecord, found: float) -> Check:
+    held = found <= record.relative_error * (1 + ROUNDING) + NOISE
+    faults = [] if held else [f"rounding {found:.6g} of it, certified {record.relative_error:.6g}"]
+    return Check.of(record.name, faults, f"rounding took {found:.3g} of what was added")

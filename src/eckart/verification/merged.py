@@ -1,0 +1,126 @@
+"""A resized adapter, or a sum of several, against what it was made from.
+
+Knows the format and the certificate; must not know how the adapter was made.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eckart.assemble.recombination import Sum, bias_of_sum, distance, sums_of
+from eckart.certificate import Certificate, FactoredEntry, MatrixRecord
+from eckart.checkpoint.documents import canonical_json, read_json
+from eckart.checkpoint.paths import printable
+from eckart.checkpoint.source import Source
+from eckart.errors import CheckpointError
+from eckart.execute import Task, Workers
+from eckart.formats import peft
+from eckart.formats.adapters import Adapter
+from eckart.verification.adapter import (
+    check_claims,
+    check_output,
+    check_tensors,
+    entries_of,
+)
+from eckart.verification.against import NOISE, ROUNDING
+from eckart.verification.check import Check
+
+
+@dataclass(frozen=True, slots=True)
+class _Measurer:
+    """Measures one product against the exact sum again."""
+
+    written: Source
+
+    def __call__(self, one: Sum, entry: FactoredEntry) -> float:
+        """Returns ‖sum − B'A'‖/‖sum‖."""
+        return distance(one.factors(), peft.decode(self.written, one.name, entry))
+
+
+def checks_alone(out: Path, written: Source, certificate: Certificate) -> Iterator[Check]:
+    """Yields what the folder tells of itself."""
+    yield check_claims(certificate)
+    whole = [row.name for row in certificate.copied]
+    biases = [name for name in written.tensors if name.endswith(".lora_B.bias")]
+    yield _check_config(out, certificate, whole, has_lora_bias=bool(biases))
+    factored = entries_of(certificate)
+    wholes = {peft.whole_name(name, factored) for name in whole}
+    tensors = check_tensors(written, certificate, {*wholes, *biases})
+    yield tensors
+    if tensors.held:
+        yield check_output(written, certificate)
+
+
+def checks_against_adapters(
+    written: Source, adapters: Sequence[Adapter], certificate: Certificate, workers: Workers
+) -> Iterator[Check]:
+    """Yields a check of every sum, and of what was stored whole."""
+    if len(adapters) != len(certificate.merged):
+        raise CheckpointError(
+            f"{printable(written.path)} was made from {len(certificate.merged)} adapters: give "
+            "--against once for each, in their order."
+        )
+    for adapter, known in zip(adapters, certificate.merged, strict=True):
+        if adapter.source.fingerprint() != known.fingerprint:
+            raise CheckpointError(
+                f"{printable(adapter.source.path)} is not what {printable(written.path)} was made "
+                f"from ({printable(known.name)}): its weights differ, or the order."
+            )
+    weights = certificate.options.get("weights")
+    sums = sums_of(adapters, [float(w) for w in weights] if isinstance(weights, list) else [])
+    rows = [row.name for row in certificate.matrices]
+    faults = [f"{name} is not mentioned" for name in sorted(sums.keys() - {*rows})]
+    faults += [f"{name} is in no adapter" for name in sorted({*rows} - sums.keys())]
+    accounts = Check.of("accounts", faults, f"{len(rows)} modules of the adapters, each in one row")
+    yield accounts
+    if not accounts.held:
+        return
+    tasks = [
+        Task(row.name, (sums[row.name], certificate.entry(row)), sums[row.name].seconds)
+        for row in certificate.matrices
+        if row.rank
+    ]
+    measured = dict(workers.map(_Measurer(written), tasks, "measuring"))
+    for row in certificate.matrices:
+        if row.rank:
+            yield _check_sum(row, measured[row.name], sums[row.name])
+    faults = [
+        f"{name} differs from the adapter's"
+        for name, stored in adapters[0].whole.items()
+        if stored not in written.tensors
+        or written.digest(stored) != adapters[0].source.digest(stored)
+    ]
+    for name, one in sums.items():
+        bias = peft.bias_name(name)
+        if bias in written.tensors:
+            stored = written.load(bias)
+            if not stored.equal(bias_of_sum(one).to(stored.dtype)):
+                faults.append(f"{bias} is not the sum")
+    yield Check.of("others", faults, "what is no product is as the adapters have it")
+
+
+def _check_sum(record: MatrixRecord, found: float, one: Sum) -> Check:
+    held = found <= record.relative_error * (1 + ROUNDING) + NOISE
+    faults = [] if held else [f"error {found:.6g}, certified {record.relative_error:.6g}"]
+    if record.parameters[0] != one.parameters:
+        faults.append("other counts")
+    return Check.of(record.name, faults, f"error {found:.3g} of the exact sum")
+
+
+def _check_config(
+    out: Path, certificate: Certificate, whole: Sequence[str], *, has_lora_bias: bool
+) -> Check:
+    try:
+        stated = read_json(out / peft.CONFIG)
+    except CheckpointError as error:
+        return Check.of("config", [str(error)], "")
+    promised = peft.configuration(
+        entries_of(certificate),
+        base=str(stated.get("base_model_name_or_path")),
+        whole=whole,
+        has_lora_bias=has_lora_bias,
+    )
+    promised["task_type"] = stated.get("task_type")
+    same = canonical_json(stated) == canonical_json(promised)
+    faults = [] if same else [f"{peft.CONFIG} says something else than the certificate"]
+    return Check.of("config", faults, f"{len(certificate.factored)} modules named")

@@ -1,0 +1,375 @@
+"""tuned − base as an adapter: what is carried, what is lost and said, and that it is proved."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import (
+    decaying,
+    eckart,
+    read_document,
+    small_tensors,
+    snapshot,
+    vector,
+    write_checkpoint,
+)
+from safetensors.torch import load_file
+from torch import Tensor
+
+from eckart import extract, verify
+from eckart.errors import InputError, LossError, PromiseError, UsageError
+from eckart.execute import local
+
+WEIGHTS = "adapter_model.safetensors"
+Q, UP = "layers.0.q_proj", "layers.0.up_proj"
+
+
+def low_rank(name: str, m: int, n: int, rank: int) -> Tensor:
+    """A matrix of that rank, the same one for the same name."""
+    W = decaying(f"low {name}", m, n).double()
+    U, s, Vh = torch.linalg.svd(W, full_matrices=False)
+    return ((U[:, :rank] * s[:rank]) @ Vh[:rank]).float()
+
+
+def pair(tmp_path: Path, changes: dict[str, Tensor], dtype: torch.dtype = torch.float32):
+    """A base, and the same with something added to some of its tensors."""
+    base = small_tensors(dtype)
+    tuned = {
+        name: (tensor + changes[name]).to(dtype) if name in changes else tensor
+        for name, tensor in base.items()
+    }
+    return write_checkpoint(tmp_path / "tuned", tuned), write_checkpoint(tmp_path / "base", base)
+
+
+@pytest.fixture
+def simple(tmp_path):
+    """Two matrices that differ by rank 2 and 3."""
+    changes = {
+        f"{Q}.weight": low_rank("q", 24, 16, 2),
+        f"{UP}.weight": 0.5 * low_rank("u", 40, 16, 3),
+    }
+    return pair(tmp_path, changes)
+
+
+def difference(tuned: Path, base: Path, name: str) -> np.ndarray:
+    """tuned − base in float64, by numpy alone."""
+    ours, theirs = (load_file(folder / "model.safetensors")[name] for folder in (tuned, base))
+    return ours.double().numpy() - theirs.double().numpy()
+
+
+def product(out: Path, X: str) -> np.ndarray:
+    """B·A as stored, by numpy alone."""
+    tensors = load_file(out / WEIGHTS)
+    A, B = (tensors[f"base_model.model.{X}.lora_{part}.weight"] for part in "AB")
+    return B.double().numpy() @ A.double().numpy()
+
+
+def test_a_low_rank_change_is_found_to_rounding(simple, tmp_path):
+    """B·A is what was added, in float64 by numpy, and only what differs is in the adapter."""
+    tuned, base = simple
+    certificate = extract(tuned, base, tmp_path / "out", rank=3)
+
+    for X in (Q, UP):
+        change = difference(tuned, base, f"{X}.weight")
+        assert np.linalg.norm(change - product(tmp_path / "out", X)) < 1e-6
+    assert sorted(certificate.factored) == [Q, UP]
+    assert len(load_file(tmp_path / "out" / WEIGHTS)) == 4
+
+
+def test_every_figure_of_the_certificate_is_true(simple, tmp_path):
+    """Errors, shares and counts, recomputed by numpy from the files."""
+    tuned, base = simple
+    out = tmp_path / "out"
+    certificate = extract(tuned, base, out, rank=1)
+    changes = {row.name: difference(tuned, base, row.name) for row in certificate.matrices}
+    total = sum(np.sum(change**2) for change in changes.values())
+    missed = 0.0
+    for row in certificate.matrices:
+        change = changes[row.name]
+        away = np.linalg.norm(change - product(out, row.name.removesuffix(".weight")))
+        missed += away**2
+
+        assert row.relative_error == pytest.approx(away / np.linalg.norm(change), rel=1e-6)
+        assert row.energy_share == pytest.approx(np.sum(change**2) / total, rel=1e-6)
+        assert row.parameters == (change.size, sum(change.shape))
+    assert certificate.change is not None
+    assert certificate.change.relative_error == pytest.approx(math.sqrt(missed / total), rel=1e-6)
+    assert certificate.change.lost == 0
+    assert set(certificate.unchanged) == set(small_tensors()) - changes.keys()
+
+
+POLICIES = [
+    {"rank": 2},
+    {"rank": 100},
+    {"energy": 0.9},
+    {"error": 0.3},
+    {"error": 0.0},
+    {"keep": 0.3},
+    {"size": 1500},
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("align", [1, 4])
+def test_every_policy_keeps_its_word_and_is_verified(policy, align, tmp_path):
+    """Of changes of full rank: errors, parameters and bytes as asked; all checks hold."""
+    changes = {f"{Q}.weight": decaying("dq", 24, 16), f"{UP}.weight": decaying("du", 40, 16)}
+    tuned, base = pair(tmp_path, changes)
+    if policy == {"rank": 2} and align == 4:
+        pytest.skip("2 is no multiple of 4")
+    out = tmp_path / "out"
+    certificate = extract(tuned, base, out, **policy, align=align)
+    checks = verify(out, tuned, base=base)
+
+    assert [check for check in checks if not check.held] == []
+    assert [check for check in verify(out) if not check.held] == []
+    for row in certificate.matrices:
+        assert row.rank <= 16
+        assert row.rank % align == 0 or row.rank == 16
+        if "energy" in policy:
+            assert row.relative_error**2 <= 1 - policy["energy"] + 1e-6
+        if "error" in policy:
+            assert row.relative_error <= policy["error"] + 1e-6
+    before, after = certificate.totals.targeted_parameters
+    if "keep" in policy:
+        assert 0.5 * policy["keep"] < after / before <= policy["keep"]
+    if "size" in policy:
+        assert 0.8 * policy["size"] <= certificate.totals.tensor_bytes[1] <= policy["size"]
+
+
+def test_a_budget_goes_where_the_energy_is(tmp_path):
+    """A change a hundred times smaller gets nothing: its module is left out, as its row says."""
+    changes = {f"{Q}.weight": decaying("dq", 24, 16), f"{UP}.weight": decaying("du", 40, 16) / 100}
+    tuned, base = pair(tmp_path, changes)
+    out = tmp_path / "out"
+    certificate = extract(tuned, base, out, keep=0.15)
+    dropped = next(row for row in certificate.matrices if row.name == f"{UP}.weight")
+
+    assert list(certificate.factored) == [Q]
+    assert (dropped.rank, dropped.relative_error, dropped.output_error) == (0, 1.0, None)
+    assert all(check.held for check in verify(out, tuned, base=base))
+
+
+def test_two_equal_models_are_nothing_to_extract(tmp_path):
+    """Exit 3, and nothing is written."""
+    tuned, base = pair(tmp_path, {})
+    before = snapshot(tmp_path)
+    done = eckart("extract", tuned, "--base", base, "-o", tmp_path / "out", "--rank", 2)
+
+    assert done.code == 3
+    assert "nothing to extract" in done.err
+    assert snapshot(tmp_path) == before
+
+
+LOSSES = {
+    f"{Q}.bias": (vector("db", 24), "biases"),
+    "norm.weight": (vector("dn", 16), "norms"),
+    "embed_tokens.weight": (decaying("de", 20, 16), "embeddings"),
+}
+
+
+@pytest.mark.parametrize("name", [f"{Q}.bias", "norm.weight"])
+def test_a_loss_is_refused_with_its_remedy_and_the_remedy_works(name, simple, tmp_path):
+    """Exit 6, nothing published, the work kept; with the option the tensor is there exactly."""
+    change, kind = LOSSES[name]
+    changes = {f"{Q}.weight": low_rank("q", 24, 16, 2), name: change}
+    tuned, base = pair(tmp_path / "lossy", changes)
+    out, line = tmp_path / "out", ["extract", tuned, "--base", base, "-o", tmp_path / "out"]
+    refused = eckart(*line, "--rank", 2)
+
+    assert refused.code == 6
+    assert name in refused.err
+    assert f"--store-whole {kind}" in refused.err
+    assert not out.exists()
+    assert (tmp_path / "out.eckart-work").is_dir()
+    assert eckart(*line, "--rank", 2, "--store-whole", kind).code == 0
+    assert all(check.held for check in verify(out, tuned, base=base))
+    assert [row["name"] for row in read_document(out)["stored_whole"]] == [name]
+    assert not (tmp_path / "out.eckart-work").exists()
+
+
+def test_a_loss_can_be_accepted_and_is_then_certified(tmp_path):
+    """The row says what was lost, and the change's error contains it."""
+    changes = {f"{Q}.weight": low_rank("q", 24, 16, 2), f"{Q}.bias": vector("db", 24)}
+    tuned, base = pair(tmp_path, changes)
+    out = tmp_path / "out"
+    certificate = extract(tuned, base, out, rank=2, accept_loss=True)
+    bias, weight = (difference(tuned, base, name) for name in (f"{Q}.bias", f"{Q}.weight"))
+    share = np.sum(bias**2) / (np.sum(bias**2) + np.sum(weight**2))
+
+    assert [row.name for row in certificate.lost] == [f"{Q}.bias"]
+    assert certificate.change is not None
+    assert certificate.change.lost == pytest.approx(share)
+    assert certificate.change.relative_error == pytest.approx(math.sqrt(share), rel=1e-6)
+    assert all(check.held for check in verify(out, tuned, base=base))
+
+
+def test_a_thousandth_may_be_lost_without_a_word(tmp_path):
+    """Rounding in a bias is no reason to refuse an adapter; it is named all the same."""
+    changes = {f"{Q}.weight": low_rank("q", 24, 16, 2), f"{Q}.bias": 1e-3 * vector("db", 24)}
+    tuned, base = pair(tmp_path, changes)
+    certificate = extract(tuned, base, tmp_path / "out", rank=2)
+
+    assert [row.name for row in certificate.lost] == [f"{Q}.bias"]
+
+
+def test_vectors_alone_are_no_adapter(tmp_path):
+    """PEFT needs a LoRA at least: exit 3, nothing written."""
+    tuned, base = pair(tmp_path, {f"{Q}.bias": vector("db", 24)})
+    done = eckart(
+        *("extract", tuned, "--base", base, "-o", tmp_path / "out", "--rank", 2),
+        *("--store-whole", "biases"),
+    )
+
+    assert done.code == 3
+    assert "no adapter without one" in done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+
+
+def test_what_the_user_excludes_is_no_unaccepted_loss(simple, tmp_path):
+    """It stands among the lost, with the user's own word as the reason."""
+    tuned, base = simple
+    certificate = extract(tuned, base, tmp_path / "out", rank=2, exclude=["*.up_proj"])
+
+    assert [(row.name, row.reason) for row in certificate.lost] == [
+        (f"{UP}.weight", "excluded by --exclude")
+    ]
+    assert list(certificate.factored) == [Q]
+
+
+def test_an_embedding_is_factored_as_the_layer_computes_it(tmp_path):
+    """lora_embedding_A is r × vocabulary, lora_embedding_B dimension × r."""
+    tuned, base = pair(tmp_path, {"embed_tokens.weight": low_rank("e", 20, 16, 2)})
+    out = tmp_path / "out"
+    extract(tuned, base, out, rank=2)
+    tensors = load_file(out / WEIGHTS)
+    A, B = (tensors[f"base_model.model.embed_tokens.lora_embedding_{part}"] for part in "AB")
+
+    assert (tuple(A.shape), tuple(B.shape)) == ((2, 20), (16, 2))
+    change = difference(tuned, base, "embed_tokens.weight")
+    assert np.linalg.norm(change - (B.double() @ A.double()).T.numpy()) < 1e-6
+    assert all(check.held for check in verify(out, tuned, base=base))
+
+
+def test_workers_and_kept_work_make_no_difference(simple, tmp_path, monkeypatch):
+    """In this process, in two, from kept parts: the same files."""
+    tuned, base = simple
+    extract(tuned, base, tmp_path / "here", rank=3)
+    extract(tuned, base, tmp_path / "kept", rank=3, keep_work=True)
+    monkeypatch.setattr(local, "SHORT_SECONDS", -1.0)
+    extract(tuned, base, tmp_path / "two", rank=3, workers=2)
+
+    for name in ("two", "kept"):
+        for file in (WEIGHTS, "adapter_config.json"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "here" / file).read_bytes()
+    assert (tmp_path / "kept.eckart-work").is_dir()
+
+
+def test_half_precision_is_subtracted_exactly_and_stored_as_it_was(tmp_path):
+    """bfloat16 factors by default; float32 ones are nearer."""
+    changes = {f"{Q}.weight": low_rank("q", 24, 16, 2)}
+    tuned, base = pair(tmp_path, changes, torch.bfloat16)
+    half = extract(tuned, base, tmp_path / "half", rank=16)
+    wide = extract(tuned, base, tmp_path / "wide", rank=16, dtype="float32")
+
+    assert load_file(tmp_path / "half" / WEIGHTS)[f"base_model.model.{Q}.lora_A.weight"].dtype == (
+        torch.bfloat16
+    )
+    assert half.matrices[0].relative_error > 1e-4 > 1e-6 > wide.matrices[0].relative_error
+    assert all(check.held for check in verify(tmp_path / "half", tuned, base=base))
+
+
+def test_an_error_below_rounding_is_refused_not_lost(tmp_path):
+    """The number format is named, and what to do."""
+    tuned, base = pair(tmp_path, {f"{Q}.weight": low_rank("q", 24, 16, 2)}, torch.bfloat16)
+
+    with pytest.raises(PromiseError, match="--dtype float32"):
+        extract(tuned, base, tmp_path / "out", error=1e-5)
+
+
+def test_another_models_base_is_refused_before_any_work(simple, tmp_path):
+    """By the share of names in common, and by the first shape that differs."""
+    tuned, _base = simple
+    other = write_checkpoint(tmp_path / "other", {"a.weight": decaying("a", 9, 9)})
+    bent = {**small_tensors(), f"{Q}.weight": decaying("q", 25, 16)}
+    crooked = write_checkpoint(tmp_path / "crooked", bent)
+
+    with pytest.raises(InputError, match=r"is not the base of .*0\.0%"):
+        extract(tuned, other, tmp_path / "out", rank=2)
+    with pytest.raises(InputError, match=r"layers\.0\.q_proj\.weight is 24×16 .* and 25×16"):
+        extract(tuned, crooked, tmp_path / "out", rank=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_base_is_refused_by_verify(simple, tmp_path):
+    """Exit 3: it says of which the weights differ."""
+    tuned, base = simple
+    extract(tuned, base, tmp_path / "out", rank=2)
+    done = eckart("verify", tmp_path / "out", "--against", tuned, "--base", tuned)
+
+    assert done.code == 3
+    assert "differ" in done.err
+
+
+def test_verify_wants_both_or_none(simple, tmp_path):
+    """An adapter is held against two models."""
+    tuned, base = simple
+    extract(tuned, base, tmp_path / "out", rank=2)
+
+    with pytest.raises(UsageError, match="--base, too"):
+        verify(tmp_path / "out", tuned)
+    with pytest.raises(UsageError, match="--against"):
+        verify(tmp_path / "out", base=base)
+
+
+def test_any_changed_byte_of_an_adapter_is_found(simple, tmp_path):
+    """Every 7th byte of every file."""
+    tuned, base = simple
+    out = tmp_path / "out"
+    extract(tuned, base, out, rank=1)
+    missed: list[tuple[str, int]] = []
+    for path in sorted(out.iterdir()):
+        content = path.read_bytes()
+        for place in range(0, len(content), 7):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            try:
+                if all(check.held for check in verify(out)):
+                    missed.append((path.name, place))
+            except PromiseError:
+                pass
+        path.write_bytes(content)
+
+    assert missed == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_none_is_named(value, tmp_path):
+    """Before any decomposition."""
+    broken = torch.zeros(24, 16)
+    broken[3, 4] = value
+    tuned, base = pair(tmp_path, {f"{Q}.weight": broken})
+
+    with pytest.raises(InputError, match=r"layers\.0\.q_proj\.weight has a NaN or Inf"):
+        extract(tuned, base, tmp_path / "out", rank=2)
+
+
+def test_an_unknown_kind_to_store_whole_is_a_usage_error(simple, tmp_path):
+    """The kinds there are stand in the message."""
+    tuned, base = simple
+
+    with pytest.raises(UsageError, match="norms, biases, embeddings"):
+        extract(tuned, base, tmp_path / "out", rank=2, store_whole=["heads"])
+
+
+def test_a_lost_tensor_is_named_even_if_it_is_new(simple, tmp_path):
+    """A tensor that only the tuned model has cannot be added by an adapter."""
+    _, base = simple
+    tensors = {**small_tensors(), "extra.weight": decaying("x", 8, 8)}
+    tensors[f"{Q}.weight"] = tensors[f"{Q}.weight"] + low_rank("q", 24, 16, 2)
+    tuned = write_checkpoint(tmp_path / "more", tensors)
+
+    with pytest.raises(LossError) as refused:
+        extract(tuned, base, tmp_path / "out", rank=2)
+    assert any("extra.weight" in note for note in refused.value.__notes__)

@@ -1,0 +1,250 @@
+"""Adapters resized and added up: the exact weighted sum, then its best approximation."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import eckart, read_document
+from safetensors.torch import load_file, save_file
+
+from eckart import merge, resize, verify
+from eckart.errors import CheckpointError, PromiseError, UsageError
+
+PREFIX = "base_model.model."
+SIDES = {"layers.0.q": (24, 16), "layers.0.up": (40, 16), "layers.1.q": (24, 16)}
+
+
+def write_adapter(
+    folder: Path, ranks: dict[str, int], seed: int, config=None, dtype=torch.float32
+) -> Path:
+    """A random adapter as PEFT would write it."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for X, r in ranks.items():
+        m, n = SIDES[X]
+        for part, shape in (("A", (r, n)), ("B", (m, r))):
+            random = torch.randn(*shape, generator=generator) / 4
+            tensors[f"{PREFIX}{X}.lora_{part}.weight"] = random.to(dtype)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    first = next(iter(ranks.values()))
+    document = {
+        "peft_type": "LORA",
+        "r": first,
+        "lora_alpha": 2 * first,
+        "rank_pattern": {X: r for X, r in ranks.items() if r != first},
+        "target_modules": sorted(ranks),
+        "base_model_name_or_path": "somebody/base",
+        "task_type": "CAUSAL_LM",
+        **(config or {}),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(document))
+    return folder
+
+
+def products(folder: Path, scale=None) -> dict[str, np.ndarray]:
+    """scale·B·A of every module, in float64 by numpy; our own outputs have a scale of 1."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = [name for name in tensors if name.endswith(".lora_A.weight")]
+    found = {}
+    for name in names:
+        A, B = (tensors[name.replace("lora_A", f"lora_{p}")].double().numpy() for p in "AB")
+        X = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        found[X] = (scale(X, len(A)) if scale else 1.0) * (B @ A)
+    return found
+
+
+def best(W: np.ndarray, rank: int) -> np.ndarray:
+    """The best approximation, by numpy's SVD of the whole matrix."""
+    U, s, Vh = np.linalg.svd(W, full_matrices=False)
+    return (U[:, :rank] * s[:rank]) @ Vh[:rank]
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5, 100])
+def test_a_resized_adapter_is_the_best_of_its_rank(rank, tmp_path):
+    """Against a dense SVD of scale·B·A; a rank above the adapter's own is its own."""
+    ranks = {"layers.0.q": 6, "layers.0.up": 4}
+    given = write_adapter(tmp_path / "given", ranks, 1)
+    certificate = resize(given, tmp_path / "out", rank=rank)
+    exact = products(given, lambda X, r: 12 / r)
+
+    for X, found in products(tmp_path / "out").items():
+        expected = best(exact[X], rank)
+        assert np.linalg.norm(found - expected) < 1e-6 * np.linalg.norm(exact[X])
+    assert {row.name: row.rank for row in certificate.matrices} == {
+        f"{X}.weight": min(rank, r) for X, r in ranks.items()
+    }
+    assert all(check.held for check in verify(tmp_path / "out", given))
+    assert all(check.held for check in verify(tmp_path / "out"))
+
+
+SCALES = {
+    "alpha": ({"lora_alpha": 3}, lambda X, r: 3 / r),
+    "rslora": ({"lora_alpha": 3, "use_rslora": True}, lambda X, r: 3 / math.sqrt(r)),
+    "alpha pattern": (
+        {"lora_alpha": 3, "alpha_pattern": {r"^layers\.1\.q": 7, "q": 5}},
+        lambda X, r: (7 if X == "layers.1.q" else 5 if X.endswith(".q") else 3) / r,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SCALES)
+def test_a_merge_is_the_exact_weighted_sum(case, tmp_path):
+    """Different ranks, targets, scales; a negative weight. Against numpy's dense sum."""
+    config, scale = SCALES[case]
+    one = write_adapter(tmp_path / "one", {"layers.0.q": 4, "layers.1.q": 4}, 1, config)
+    two = write_adapter(tmp_path / "two", {"layers.0.q": 2, "layers.0.up": 5}, 2)
+    merge([one, two], tmp_path / "out", weights=[0.75, -1.5], error=0)
+    first, second = products(one, scale), products(two, lambda X, r: 4 / r)
+    found = products(tmp_path / "out")
+
+    assert found.keys() == first.keys() | second.keys()
+    for X, product in found.items():
+        expected = 0.75 * first.get(X, 0) - 1.5 * second.get(X, 0)
+        assert np.linalg.norm(product - expected) < 1e-6 * np.linalg.norm(expected)
+    assert all(check.held for check in verify(tmp_path / "out", [one, two]))
+
+
+def test_ranks_that_add_up_above_the_layers_own_are_no_more_than_it(tmp_path):
+    """Two adapters of rank 12 on a layer with 16 columns."""
+    one, two = (write_adapter(tmp_path / str(i), {"layers.0.q": 12}, i) for i in (1, 2))
+    certificate = merge([one, two], tmp_path / "out", error=0)
+
+    assert certificate.matrices[0].rank == 16
+    assert certificate.matrices[0].relative_error < 1e-6
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [{"energy": 0.9}, {"error": 0.2}, {"keep": 0.5}, {"size": 1500}, {"rank": 2}],
+    ids=str,
+)
+def test_every_policy_keeps_its_word(policy, tmp_path):
+    """Errors, parameters and bytes as asked, measured by numpy."""
+    ranks = {"layers.0.q": 8, "layers.0.up": 8, "layers.1.q": 3}
+    given = write_adapter(tmp_path / "given", ranks, 3)
+    certificate = resize(given, tmp_path / "out", **policy)
+    exact, found = products(given, lambda X, r: 16 / r), products(tmp_path / "out")
+
+    for row in certificate.matrices:
+        X = row.name.removesuffix(".weight")
+        error = np.linalg.norm(exact[X] - found[X]) / np.linalg.norm(exact[X])
+        assert row.relative_error == pytest.approx(error, rel=1e-6, abs=1e-12)
+        if "error" in policy:
+            assert error <= 0.2
+        if "energy" in policy:
+            assert error**2 <= 0.1 + 1e-9
+    before, after = certificate.totals.targeted_parameters
+    assert before == 8 * 40 + 8 * 56 + 3 * 40
+    if "keep" in policy:
+        assert 0.4 < after / before <= 0.5
+    if "size" in policy:
+        assert 1200 < certificate.totals.tensor_bytes[1] <= 1500
+
+
+def test_a_budget_may_leave_a_module_out_and_says_so(tmp_path):
+    """Rank 0: the module is not in the adapter, and stands in the certificate."""
+    given = write_adapter(tmp_path / "given", {"layers.0.q": 2, "layers.0.up": 8}, 3)
+    tensors = load_file(given / "adapter_model.safetensors")
+    name = f"{PREFIX}layers.0.q.lora_B.weight"
+    save_file({**tensors, name: tensors[name] / 1000}, given / "adapter_model.safetensors")
+    certificate = resize(given, tmp_path / "out", keep=0.22)
+
+    assert [(row.name, row.rank) for row in certificate.matrices if row.rank == 0] == [
+        ("layers.0.q.weight", 0)
+    ]
+    assert list(certificate.factored) == ["layers.0.up"]
+    assert [check for check in verify(tmp_path / "out", given) if not check.held] == []
+
+
+BROKEN = {
+    "dora": ({"use_dora": True}, "use_dora"),
+    "an unknown field": ({"new_trick": 0.5}, "new_trick"),
+    "another type": ({"peft_type": "IA3"}, "IA3"),
+    "ranks that disagree": ({"r": 5}, "they must agree"),
+    "a regular expression": ({"rank_pattern": {"(a+)+$": 4}}, "no regular expression"),
+    "a class": ({"alpha_pattern": {"layers\\.\\d": 4}}, "no regular expression"),
+    "no alpha": ({"lora_alpha": None}, "lora_alpha"),
+    "a pattern of words": ({"rank_pattern": {"q": "four"}}, "no table of numbers"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_not_understood_is_refused_by_name(case, tmp_path):
+    """Exit 3, one sentence, nothing written."""
+    config, words = BROKEN[case]
+    given = write_adapter(tmp_path / "given", {"layers.0.q": 4}, 1, config)
+    done = eckart("resize", given, "-o", tmp_path / "out", "--rank", 2)
+
+    assert done.code == 3, done.err
+    assert words in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_different_models_are_refused(tmp_path):
+    """The tensor and both shapes are named."""
+    one = write_adapter(tmp_path / "one", {"layers.0.q": 4}, 1)
+    two = write_adapter(tmp_path / "two", {"layers.0.q": 4}, 2)
+    tensors = load_file(two / "adapter_model.safetensors")
+    name = f"{PREFIX}layers.0.q.lora_B.weight"
+    save_file({**tensors, name: torch.ones(25, 4)}, two / "adapter_model.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"\(24, 16\) .* \(25, 16\)"):
+        merge([one, two], tmp_path / "out", rank=2)
+
+
+@pytest.mark.parametrize("weights", ["1", "1,2,3", "1,inf", "a,b"])
+def test_weights_that_do_not_fit_are_a_usage_error(weights, tmp_path):
+    """One finite number for each adapter."""
+    one, two = (write_adapter(tmp_path / str(i), {"layers.0.q": 4}, i) for i in (1, 2))
+    done = eckart("merge", one, two, "--weights", weights, "-o", tmp_path / "out", "--rank", 2)
+
+    assert done.code == 2
+    assert "--weights" in done.err
+
+
+def test_other_adapters_than_it_was_made_from_are_refused(tmp_path):
+    """By number, and by fingerprint in their order."""
+    one, two = (write_adapter(tmp_path / str(i), {"layers.0.q": 4}, i) for i in (1, 2))
+    merge([one, two], tmp_path / "out", rank=2)
+
+    with pytest.raises(CheckpointError, match="made from 2 adapters"):
+        verify(tmp_path / "out", one)
+    with pytest.raises(CheckpointError, match="differ, or the order"):
+        verify(tmp_path / "out", [two, one])
+    with pytest.raises(UsageError, match="no base"):
+        verify(tmp_path / "out", [one, two], base=one)
+
+
+def test_half_precision_stays_what_it_was(tmp_path):
+    """bfloat16 in, bfloat16 out; the error of that rounding is in the certificate."""
+    given = write_adapter(tmp_path / "given", {"layers.0.q": 4}, 1, dtype=torch.bfloat16)
+    certificate = resize(given, tmp_path / "out", error=0.01)
+    wide = resize(given, tmp_path / "wide", error=0, dtype="float32")
+
+    assert certificate.matrices[0].dtype == "BF16"
+    assert certificate.matrices[0].relative_error > 1e-4 > wide.matrices[0].relative_error
+
+
+def test_any_changed_byte_is_found(tmp_path):
+    """Every 5th byte of every file."""
+    given = write_adapter(tmp_path / "given", {"layers.0.q": 4}, 1)
+    out = tmp_path / "out"
+    resize(given, out, rank=2)
+    missed: list[tuple[str, int]] = []
+    for path in sorted(out.iterdir()):
+        content = path.read_bytes()
+        for place in range(0, len(content), 5):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            try:
+                if all(check.held for check in verify(out)):
+                    missed.append((path.name, place))
+            except PromiseError:
+                pass
+        path.write_bytes(content)
+
+    assert missed == []
+    assert read_document(out)["kind"] == "merged"
