@@ -380,9 +380,10 @@ def test_a_signal_leaves_nothing_half_made(number, code, tmp_path):
         assert run.stdout.readline() == "begun\n"
         begun = time.monotonic()
         os.kill(run.pid, number)
-        run.wait(timeout=20)
+        said = run.communicate(timeout=20)[1]
 
     assert run.returncode == code
+    assert "stopped" in said
     assert time.monotonic() - begun < 5
     assert snapshot(tmp_path) == before
 

@@ -36,7 +36,10 @@ def main() -> None:
     if sys.platform == "win32":
         print("eckart runs on Linux and macOS; on Windows use WSL.", file=sys.stderr)
         sys.exit(2)
-    signal.signal(signal.SIGTERM, _terminate)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as a shell starts what runs in the background
+            signal.signal(number, _stop)
     try:
         app()
     except EckartError as error:
@@ -44,22 +47,29 @@ def main() -> None:
         say(error)
         _say_notes(error)
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, _Terminated) as stop:
+    except _Stopped as stop:
         say("stopped")
         _say_notes(stop)
-        sys.exit(130 if isinstance(stop, KeyboardInterrupt) else 143)
+        sys.exit(128 + stop.number)
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-class _Terminated(BaseException):
-    """SIGTERM."""
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM. (A KeyboardInterrupt would be swallowed by typer, and its notes too.)"""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
+def _stop(number: int, frame: object) -> NoReturn:
     """Leaves through every `finally`, so that nothing half-made stays behind."""
-    raise _Terminated
+    raise _Stopped(number)
 
 
 def _say_notes(error: BaseException) -> None:
