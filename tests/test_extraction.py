@@ -281,6 +281,62 @@ def test_half_precision_is_subtracted_exactly_and_stored_as_it_was(tmp_path):
     assert all(check.held for check in verify(tmp_path / "half", tuned, base=base))
 
 
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_rank_of_a_merged_lora_is_found(rank, dtype, tmp_path):
+    """--rank auto, from the rounded weights alone: exactly what was merged, on every module."""
+    generator = torch.Generator().manual_seed(3)
+    base = {
+        f"layers.{i}.{X}.weight": torch.randn(m, n, generator=generator).to(dtype)
+        for i in range(2)
+        for X, (m, n) in {"q": (256, 256), "up": (512, 256)}.items()
+    }
+    tuned = {}
+    for name, W in base.items():
+        B, A = (torch.randn(*s, generator=generator) for s in ((len(W), rank), (rank, 256)))
+        tuned[name] = (W.float() + 0.05 * B @ A).to(dtype)
+    folders = [
+        write_checkpoint(tmp_path / name, one) for name, one in (("tuned", tuned), ("base", base))
+    ]
+    line = ["extract", folders[0], "--base", folders[1], "-o", tmp_path / "out", "--rank", "auto"]
+    done = eckart(*line)
+    document = read_document(tmp_path / "out")
+
+    assert done.code == 0
+    assert [row["rank"] for row in document["matrices"]] == [rank] * 4
+    assert document["remarks"] == []
+    assert document["options"]["rank"] == "auto"
+
+
+def test_a_change_that_is_all_rounding_is_named_so(tmp_path):
+    """Rank 0 with its error, and a remark: nothing is made up, nothing is lost in silence."""
+    g = torch.Generator().manual_seed(3)
+    W = {X: torch.randn(128, 128, generator=g).bfloat16() for X in ("a.weight", "b.weight")}
+    B, A = (torch.randn(*s, generator=g) for s in ((128, 2), (2, 128)))
+    noise = 1e-3 * torch.randn(128, 128, generator=g)
+    change = {"a.weight": 0.1 * B @ A, "b.weight": noise}
+    tuned = {name: (one.float() + change[name]).bfloat16() for name, one in W.items()}
+    folders = [write_checkpoint(tmp_path / n, one) for n, one in (("tuned", tuned), ("base", W))]
+    certificate = extract(*folders, tmp_path / "out", rank="auto")
+
+    assert [(row.name, row.rank) for row in certificate.matrices] == [
+        ("a.weight", 2),
+        ("b.weight", 0),
+    ]
+    assert any("below the rounding floor" in remark for remark in certificate.remarks)
+    assert all(check.held for check in verify(tmp_path / "out", folders[0], base=folders[1]))
+
+
+@pytest.mark.parametrize("rank", ["automatic", "-1", "2.5", "0"])
+def test_a_rank_that_is_none_is_a_usage_error(rank, simple, tmp_path):
+    """A whole number from 1, or auto."""
+    tuned, base = simple
+
+    done = eckart("extract", tuned, "--base", base, "-o", tmp_path / "out", "--rank", rank)
+
+    assert done.code == 2
+
+
 def test_an_error_below_rounding_is_refused_not_lost(tmp_path):
     """The number format is named, and what to do."""
     tuned, base = pair(tmp_path, {f"{Q}.weight": low_rank("q", 24, 16, 2)}, torch.bfloat16)

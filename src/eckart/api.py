@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eckart.accounting import check_kinds, fates_of
-from eckart.allocate import Form, RankPolicy
+from eckart.allocate import AutoRank, Form, RankPolicy
 from eckart.application import check_base, write_applied
 from eckart.assemble.application import orders_of
 from eckart.assemble.certification import Accounts, versions
@@ -34,10 +34,19 @@ from eckart.compression import (
 )
 from eckart.errors import CheckpointError
 from eckart.execute import Progress, Silent, Task, Workers, workers_for
-from eckart.extraction import adapter_targets, compare_all, open_pair, write_adapter
+from eckart.extraction import (
+    adapter_targets,
+    compare_all,
+    inspection_peaks,
+    open_pair,
+    signal_ranks,
+    warn_of_losses,
+    write_adapter,
+)
 from eckart.families import matrices
 from eckart.formats.adapters import open_adapter
 from eckart.inspection import Inspector, summary
+from eckart.linalg.rounding import SignalRank
 from eckart.merging import check_mergeable, choose_ranks, weights_of, write_merged
 from eckart.planning import (
     Targets,
@@ -230,7 +239,7 @@ def extract(
     base: PathLike,
     out: PathLike,
     *,
-    rank: int | None = None,
+    rank: int | str | None = None,
     energy: float | None = None,
     error: float | None = None,
     keep: float | None = None,
@@ -255,10 +264,12 @@ def extract(
 
     Exactly one of `rank`, `energy`, `error`, `keep` (against the parameters of the changed
     matrices) and `size` (bytes of the adapter's tensors) chooses the ranks, which only min(m, n)
-    limits; under a budget rank 0 leaves a module out. Tensors that do not differ cost nothing.
-    Every one that differs is factored, stored whole (`store_whole`: norms, biases, embeddings) or
-    named as lost; more than a thousandth of the change's energy lost is a LossError, unless
-    `accept_loss`, and nothing is written but the work folder, from which the next run goes on.
+    limits; under a budget rank 0 leaves a module out. `rank="auto"` is the rank of each change
+    above the rounding of the tuned model's dtype: see `eckart.signal_rank`. Tensors that do not
+    differ cost nothing. Every one that differs is factored, stored whole (`store_whole`: norms,
+    biases, embeddings) or named as lost; more than a thousandth of the change's energy lost is a
+    LossError, unless `accept_loss`, and nothing is written but the work folder, from which the
+    next run goes on.
 
     Cost: both models read twice, and an SVD of each matrix that differs. Peak memory: the largest
     matrix and its SVD, times the workers. Raises InputError (not a pair, nothing to extract), and
@@ -291,7 +302,16 @@ def extract(
         changes = compare_all(model, origin, crew)
         fates = fates_of(changes, store_whole=store_whole, include=include, exclude=exclude)
         delta = changes.delta()
-        targets = adapter_targets(changes, fates, delta, policy, align=align, dtype=stored)
+        if not accept_loss:
+            warn_of_losses(changes, fates, crew.watch)
+        ranks: dict[str, SignalRank] = {}
+        if isinstance(policy, AutoRank):
+            peaks = inspection_peaks(changes, fates)
+            crew.count = spread(peaks, fates.matrices, workers=workers, threads=threads)
+            ranks = signal_ranks(changes, fates, seed, crew)
+        targets = adapter_targets(
+            changes, fates, delta, policy, align=align, dtype=stored, found=ranks
+        )
         crew.count = resources_for(targets, workers=workers, threads=threads)
         check_room(targets, target, named)
         with new_output(target, inputs=inputs, force=force) as run:
@@ -307,6 +327,7 @@ def extract(
                     crew,
                     changes=changes,
                     fates=fates,
+                    found=ranks,
                     accept_loss=accept_loss,
                 )
             run.keep = keep_work and named is None

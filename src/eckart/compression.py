@@ -201,7 +201,7 @@ def _spent(
 ) -> tuple[float, float]:
     """What the output takes of the budget, and the budget, in its unit."""
     if targets.policy.name == "size":
-        return assembly.bytes, targets.policy.value
+        return assembly.bytes, float(targets.policy.value)
     parts = [
         item.dense_parameters
         if (choice := choices[name]).rank is None
@@ -209,4 +209,4 @@ def _spent(
         for name, item in targets.items.items()
     ]
     total = sum(item.dense_parameters for item in targets.items.values())
-    return sum(parts), targets.policy.value * total
+    return sum(parts), float(targets.policy.value) * total

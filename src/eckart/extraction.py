@@ -4,10 +4,11 @@ Knows the order of things; the stages between are those of a compression, over a
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eckart.accounting import Fates, check_losses
-from eckart.allocate import Choice, RankPolicy, Terms, paying_rank
+from eckart.allocate import BELOW_FLOOR, Choice, RankPolicy, Terms, paying_rank
 from eckart.assemble.adapters import adapter_assembly, certify_adapter
 from eckart.assemble.filling import BYTES_PER_SECOND
 from eckart.assemble.job import Job
@@ -17,9 +18,14 @@ from eckart.checkpoint.delta import Delta
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
 from eckart.comparison import Changes, Comparer
+from eckart.decompose.request import on_threads
 from eckart.decompose.work import Work
-from eckart.errors import InputError, PromiseError
-from eckart.execute import Task, Workers
+from eckart.errors import InputError, LossError, PromiseError
+from eckart.execute import Progress, Task, Workers
+from eckart.inspection import Inspector
+from eckart.linalg.matrices import named_generator
+from eckart.linalg.rounding import SignalRank, signal_rank
+from eckart.matrix import Matrix
 from eckart.planning import Targets, open_dense
 
 SHARED_SHARE = 0.5
@@ -73,6 +79,7 @@ def adapter_targets(
     *,
     align: int,
     dtype: str | None,
+    found: Mapping[str, SignalRank],
 ) -> Targets:
     """Returns the matrices that differ, as a policy sees them; factors in the tuned dtype."""
     tuned = changes.tuned.tensors
@@ -80,10 +87,52 @@ def adapter_targets(
     items = {
         name: item_of(tuned[name], matrix, dtypes[name]) for name, matrix in fates.matrices.items()
     }
+    items |= {name: replace(items[name], known_rank=one.rank) for name, one in found.items()}
     rest = sum(tuned[name].nbytes for name in fates.whole)
     terms = Terms("ba", align, rest, additive=True)
     policy.check(items, terms)
     return Targets(delta, policy, terms, dtype, fates.matrices, items, {}, {}, dtypes)
+
+
+def warn_of_losses(changes: Changes, fates: Fates, watch: Progress) -> None:
+    """Says at once what will be refused in the end, unless it is accepted."""
+    try:
+        check_losses(changes, fates.lost)
+    except LossError as error:
+        watch.note(f"{error} The matrices are decomposed meanwhile, and kept.")
+
+
+@dataclass(frozen=True, slots=True)
+class Ranker:
+    """Finds the rank above rounding of what was added to one matrix."""
+
+    tuned: Source
+    base: Source
+    seed: int
+
+    def __call__(self, name: str, matrix: Matrix) -> SignalRank:
+        """Reads both; see `eckart.signal_rank` for cost and memory."""
+        W, W0 = (matrix.load(source, name) for source in (self.tuned, self.base))
+        generator = named_generator(self.seed, name)
+        with on_threads(matrix.shape, None):
+            return signal_rank(W, W0, generator=generator, name=name)
+
+
+def signal_ranks(
+    changes: Changes, fates: Fates, seed: int, workers: Workers
+) -> dict[str, SignalRank]:
+    """Returns the rank above rounding of what was added to each matrix."""
+    sight = Inspector(changes.tuned, changes.base, seed, full=False)
+    tasks = [
+        Task(name, (name, matrix), sight.seconds(matrix)) for name, matrix in fates.matrices.items()
+    ]
+    return dict(workers.map(Ranker(changes.tuned, changes.base, seed), tasks, "finding ranks"))
+
+
+def inspection_peaks(changes: Changes, fates: Fates) -> dict[str, int]:
+    """Returns the most bytes that finding a rank may take, by matrix."""
+    sight = Inspector(changes.tuned, changes.base, 0, full=False)
+    return {name: sight.peak_bytes(name, matrix) for name, matrix in fates.matrices.items()}
 
 
 def write_adapter(
@@ -95,9 +144,14 @@ def write_adapter(
     *,
     changes: Changes,
     fates: Fates,
+    found: Mapping[str, SignalRank],
     accept_loss: bool,
 ) -> Certificate:
     """Refuses what would be lost, else writes the adapter, measures it, and certifies it."""
+    choices = {  # nothing above rounding is nothing lost: a rank of 0, with its error
+        name: replace(choice, rank=0) if choice.reason == BELOW_FLOOR else choice
+        for name, choice in choices.items()
+    }
     failed = {
         name: f"{choice.reason.removeprefix('dense: ')}" if choice.rank is None else ""
         for name, choice in choices.items()
@@ -135,7 +189,7 @@ def write_adapter(
         filled,
         matrices=fates.matrices,
         lost=fates.lost,
-        remarks=remarks_of(changes, fates, assembly.entries),
+        remarks=[*remarks_of(changes, fates, assembly.entries), *_below_floor(found)],
     )
 
 
@@ -162,6 +216,19 @@ def remarks_of(changes: Changes, fates: Fates, entries: Mapping[str, FactoredEnt
         some = ", ".join(printable(name) for name in gone[:3])
         remarks.append(f"{len(gone)} tensors of the base are not in the tuned model: {some}, …")
     return remarks
+
+
+def _below_floor(found: Mapping[str, SignalRank]) -> list[str]:
+    """What rounding may hide, by name."""
+    names = [name for name, one in found.items() if one.below_floor]
+    if not names:
+        return []
+    some = ", ".join(f"{printable(name)} (rank {found[name].rank})" for name in names[:3])
+    more = ", …" if len(names) > len(names[:3]) else ""
+    return [
+        f"{len(names)} of {len(found)} changes reach below the rounding floor, which may hide part "
+        f"of their rank: {some}{more}"
+    ]
 
 
 def _check_promise(choices: Mapping[str, Choice], targets: Targets) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from eckart.allocate import POLICIES, Choice, Form, Item, RankPolicy, Terms
+from eckart.allocate import POLICIES, AutoRank, Choice, Form, Item, RankPolicy, Terms
 from eckart.assemble.checkpoints import check_names
 from eckart.assemble.measurement import item_of
 from eckart.assemble.sidecars import check_config
@@ -92,12 +92,13 @@ class Targets:
         )
 
 
-def policy_of(**given: float | None) -> RankPolicy:
+def policy_of(*, rank: int | str | None = None, **given: float | None) -> RankPolicy:
     """Returns the one policy that was asked for; UsageError unless it is exactly one.
 
-    `rank`, `energy`, `error`, `keep` or `size`.
+    `rank` (a number, or "auto"), `energy`, `error`, `keep` or `size`.
     """
-    asked = {name: value for name, value in given.items() if value is not None}
+    known = {"rank": rank, **given}
+    asked = {name: value for name, value in known.items() if value is not None}
     if len(asked) != 1:
         names = [f"--{name}" for name in POLICIES]
         got = " and ".join(f"--{name}" for name in asked) or "none"
@@ -105,6 +106,8 @@ def policy_of(**given: float | None) -> RankPolicy:
             f"exactly one of {', '.join(names[:-1])} and {names[-1]} chooses the ranks; got {got}."
         )
     ((name, value),) = asked.items()
+    if value == "auto":
+        return AutoRank()
     counts = ("rank", "size")
     return POLICIES[name](value if name in counts else float(value))
 

@@ -9,7 +9,9 @@ from eckart.allocate.item import Item as Item
 from eckart.allocate.item import Terms as Terms
 from eckart.allocate.item import cost as cost
 from eckart.allocate.item import paying_rank as paying_rank
+from eckart.allocate.policies import BELOW_FLOOR as BELOW_FLOOR
 from eckart.allocate.policies import POLICIES as POLICIES
+from eckart.allocate.policies import AutoRank as AutoRank
 from eckart.allocate.policies import Budget as Budget
 from eckart.allocate.policies import Energy as Energy
 from eckart.allocate.policies import FixedRank as FixedRank

@@ -32,6 +32,7 @@ class Item:
     count: int = 1
     dense_itemsize: int = 4  # bytes per entry in the source …
     itemsize: int = 4  # … and of the factors
+    known_rank: int | None = None  # above rounding, where it was looked for
 
     @property
     def dense_parameters(self) -> int:

@@ -19,7 +19,7 @@ class RankPolicy(ABC):
     """How ranks are chosen: from the sizes of all targeted matrices, and the spectra of some."""
 
     name: ClassVar[str]
-    value: float  # the number the user gave
+    value: float | str  # what the user gave
 
     @property
     @abstractmethod
@@ -90,10 +90,41 @@ class FixedRank(RankPolicy):
 
 
 @dataclass(frozen=True, slots=True)
+class AutoRank(RankPolicy):
+    """Every matrix takes the rank that was found in it above rounding: `Item.known_rank`."""
+
+    name: ClassVar[str] = "rank"
+    value: str = "auto"
+
+    @property
+    def allowed(self) -> None:
+        """Nothing is promised of a single matrix."""
+        return None
+
+    def limit(self, item: Item, terms: Terms) -> int:
+        """The rank that was found; 0 if it is all rounding."""
+        return item.known_rank or 0
+
+    def refusal(self, item: Item, terms: Terms) -> str:
+        """Why rank 0."""
+        return BELOW_FLOOR
+
+    def check(self, items: Mapping[str, Item], terms: Terms) -> None:
+        """Any sizes will do."""
+
+    def choose(
+        self, items: Mapping[str, Item], spectra: Mapping[str, Spectrum], terms: Terms
+    ) -> dict[str, Choice]:
+        """Every matrix takes its own."""
+        return {name: terms.choice(items[name].known_rank or 0) for name in spectra}
+
+
+@dataclass(frozen=True, slots=True)
 class Energy(RankPolicy):
     """Per matrix, the smallest rank that keeps a fraction of ‖W‖_F²."""
 
     name: ClassVar[str] = "energy"
+    value: float
 
     def __post_init__(self) -> None:
         if not 0 < self.value <= 1:
@@ -122,6 +153,7 @@ class RelativeError(RankPolicy):
     """Per matrix, the smallest rank with ‖W − BA‖_F ≤ error·‖W‖_F."""
 
     name: ClassVar[str] = "error"
+    value: float
 
     def __post_init__(self) -> None:
         if not 0 <= self.value < 1:
@@ -154,6 +186,8 @@ class Budget(RankPolicy):
     matrix is worth its energy, σᵢ², and *nothing* is among the choices. One Lagrange
     multiplier, bisected, then a greedy fill of what is left. Never above the budget.
     """
+
+    value: float
 
     @property
     def is_budget(self) -> bool:
@@ -278,6 +312,8 @@ class Size(Budget):
             "not factored. Choose more than that."
         )
 
+
+BELOW_FLOOR = "dense: nothing in it is above rounding"
 
 POLICIES: dict[str, Callable[[Any], RankPolicy]] = {
     policy.name: policy for policy in (FixedRank, Energy, RelativeError, Keep, Size)

@@ -31,6 +31,7 @@ from eckart.cli.options import (
     Workers,
     byte_count,
     numbers,
+    rank_of,
 )
 from eckart.cli.output import console, print_json, print_table, say, watching
 from eckart.errors import PromiseError
@@ -196,7 +197,9 @@ def extract(
     tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The fine-tuned checkpoint.")],
     base: Annotated[Path, typer.Option("--base", metavar="BASE", help="What it was tuned from.")],
     output: Out,
-    rank: AdapterRank = None,
+    rank: Annotated[
+        str | None, typer.Option(metavar="R|auto", help="The same for all, or as each change has.")
+    ] = None,
     energy: AdapterEnergy = None,
     error: AdapterError = None,
     keep: Annotated[
@@ -239,7 +242,7 @@ def extract(
             tuned,
             base,
             output,
-            rank=rank,
+            rank=rank_of(rank),
             energy=energy,
             error=error,
             keep=keep,

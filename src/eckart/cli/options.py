@@ -86,3 +86,12 @@ def numbers(text: str | None, option: str) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"{option} {text} is no list of numbers: write 0.5,-1.") from None
+
+
+def rank_of(text: str | None) -> int | str | None:
+    """Returns the number that a rank says, or "auto"."""
+    if text is None or text == "auto":
+        return text
+    if not text.isascii() or not text.isdigit():
+        raise UsageError(f"--rank {text} is neither a whole number nor auto.")
+    return int(text)
