@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import io
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -180,3 +182,36 @@ def numpy_error(W: Tensor, product: np.ndarray) -> float:
     exact = W.double().numpy().astype(np.longdouble)
     missed, total = np.sqrt(((exact - product) ** 2).sum()), np.sqrt((exact**2).sum())
     return float(missed / total) if total else float(missed)
+
+
+class Killer:
+    """Kills this very process at the N-th storage call, as a power cut would."""
+
+    CALLS = ("mkdir", "open", "truncate", "pwrite", "fsync", "rename")
+
+    def __init__(self, at: int) -> None:
+        self.count, self.at = 0, at
+        for call in self.CALLS:
+            setattr(os, call, self.wrap(getattr(os, call)))
+
+    def wrap(self, real: Callable[..., object]) -> Callable[..., object]:
+        def called(*args: object, **options: object) -> object:
+            self.count += 1
+            if self.count == self.at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
+
+        return called
+
+
+def in_a_process_killed_at(number: int, run: Callable[[], object]) -> bool:
+    """Calls it in a forked process that dies at its N-th storage call; whether it died."""
+    child = os.fork()
+    if child == 0:
+        Killer(number)
+        try:
+            run()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)

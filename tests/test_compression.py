@@ -1,8 +1,6 @@
 """A run that is stopped, divided, repeated or disturbed: the same bytes, or nothing at all."""
 
 import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 from builders import (
     decaying,
     eckart,
+    in_a_process_killed_at,
     law_tensors,
     read_document,
     read_tensors,
@@ -54,39 +53,6 @@ def claims(out: Path) -> dict[str, object]:
     return {k: v for k, v in read_document(out).items() if k not in ("run", "digest")}
 
 
-class Killer:
-    """Kills this very process at the N-th storage call, as a power cut would."""
-
-    CALLS = ("mkdir", "open", "truncate", "pwrite", "fsync", "rename")
-
-    def __init__(self, at: int) -> None:
-        self.count, self.at = 0, at
-        for call in self.CALLS:
-            setattr(os, call, self.wrap(getattr(os, call)))
-
-    def wrap(self, real: Callable[..., object]) -> Callable[..., object]:
-        def called(*args: object, **options: object) -> object:
-            self.count += 1
-            if self.count == self.at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **options)
-
-        return called
-
-
-def in_a_process_killed_at(number: int, src: Path, out: Path, **options: object) -> bool:
-    """Runs a compression in a forked process; whether it was killed."""
-    child = os.fork()
-    if child == 0:
-        Killer(number)
-        try:
-            compress(src, out, **options)  # type: ignore[arg-type]
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
-
-
 @pytest.mark.parametrize("options", [KEEP, RANK], ids=["keep", "rank"])
 def test_killed_anywhere_and_resumed_the_bytes_are_the_same(options, tmp_path):
     """At every fourth storage call of a run: no output, and the next run ends as if nothing was."""
@@ -95,7 +61,7 @@ def test_killed_anywhere_and_resumed_the_bytes_are_the_same(options, tmp_path):
     number, kills = 1, 0
     while True:
         out = tmp_path / f"killed-{number}"
-        killed = in_a_process_killed_at(number, src, out, **options)
+        killed = in_a_process_killed_at(number, lambda out=out: compress(src, out, **options))
         if killed and out.exists():  # killed after the last rename: only tidying was left
             assert files(out) == files(fresh)
             break
@@ -115,8 +81,8 @@ def test_killed_twice_in_the_same_run_and_resumed(src, tmp_path):
     """Once in the middle of the parts, once while the output is filled."""
     compress(src, tmp_path / "fresh", **KEEP)
 
-    assert in_a_process_killed_at(30, src, tmp_path / "out", **KEEP)
-    assert in_a_process_killed_at(60, src, tmp_path / "out", **KEEP)
+    for number in (30, 60):
+        assert in_a_process_killed_at(number, lambda: compress(src, tmp_path / "out", **KEEP))
     compress(src, tmp_path / "out", **KEEP)
     assert files(tmp_path / "out") == files(tmp_path / "fresh")
 
@@ -255,7 +221,7 @@ def test_another_request_on_kept_work_is_refused_by_name(src, tmp_path):
 
 def test_a_killed_run_with_other_options_is_refused_by_name(src, tmp_path):
     """The default work folder too."""
-    assert in_a_process_killed_at(40, src, tmp_path / "out", **KEEP)
+    assert in_a_process_killed_at(40, lambda: compress(src, tmp_path / "out", **KEEP))
 
     with pytest.raises(StaleError, match="seed was 0, now 1"):
         compress(src, tmp_path / "out", **KEEP, seed=1)

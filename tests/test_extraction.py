@@ -9,6 +9,7 @@ import torch
 from builders import (
     decaying,
     eckart,
+    in_a_process_killed_at,
     read_document,
     small_tensors,
     snapshot,
@@ -265,6 +266,27 @@ def test_workers_and_kept_work_make_no_difference(simple, tmp_path, monkeypatch)
         for file in (WEIGHTS, "adapter_config.json"):
             assert (tmp_path / name / file).read_bytes() == (tmp_path / "here" / file).read_bytes()
     assert (tmp_path / "kept.eckart-work").is_dir()
+
+
+def test_killed_anywhere_and_resumed_the_bytes_are_the_same(simple, tmp_path):
+    """At every fourth storage call of an extraction: no adapter, and then the very same."""
+    tuned, base = simple
+    extract(tuned, base, tmp_path / "fresh", energy=0.9)
+    number, kills = 1, 0
+    while True:
+        out = tmp_path / f"killed-{number}"
+        killed = in_a_process_killed_at(
+            number, lambda out=out: extract(tuned, base, out, energy=0.9)
+        )
+        if not killed or out.exists():
+            break
+        kills += 1
+        extract(tuned, base, out, energy=0.9)
+        for file in (WEIGHTS, "adapter_config.json"):
+            assert (out / file).read_bytes() == (tmp_path / "fresh" / file).read_bytes()
+        assert not out.with_name(f"{out.name}.eckart-work").exists()
+        number += 4
+    assert kills >= 10
 
 
 def test_half_precision_is_subtracted_exactly_and_stored_as_it_was(tmp_path):
