@@ -216,6 +216,59 @@ def test_a_thousandth_may_be_lost_without_a_word(tmp_path):
     assert [row.name for row in certificate.lost] == [f"{Q}.bias"]
 
 
+MIXTURE = {
+    "mlp.experts.0.gate_proj.weight": "routed experts",
+    "mlp.experts.down_proj": "routed experts",
+    "mlp.gate.weight": "a router",
+}
+
+
+@pytest.mark.parametrize("name", MIXTURE)
+def test_what_peft_would_pass_over_is_named_as_lost(name, simple, tmp_path):
+    """Experts and routers of a mixture: no keys that no loader finds, no silence."""
+    tuned, base = simple
+    shape = (2, 24, 16) if name.endswith("_proj") else (24, 16)
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    folders = []
+    for folder, more in ((tuned, W), (base, W / 2)):
+        tensors = {**load_file(folder / "model.safetensors"), f"layers.0.{name}": more}
+        folders.append(write_checkpoint(tmp_path / f"{folder.name}-moe", tensors))
+    refused = eckart(
+        *("extract", folders[0], "--base", folders[1], "-o", tmp_path / "out", "--rank", 2)
+    )
+    certificate = extract(*folders, tmp_path / "out", rank=2, accept_loss=True)
+
+    assert refused.code == 6
+    assert MIXTURE[name] in refused.err
+    assert [row.name for row in certificate.lost] == [f"layers.0.{name}"]
+    assert all(check.held for check in verify(tmp_path / "out", folders[0], base=folders[1]))
+
+
+@pytest.mark.parametrize(
+    ("config", "lost"),
+    [
+        ({"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}, True),
+        ({"architectures": ["GPT2LMHeadModel"]}, True),
+        ({"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}, False),
+        ({"architectures": ["BertModel"]}, False),
+        ({}, False),
+    ],
+)
+def test_an_embedding_that_the_head_is_tied_to_is_named_as_lost(config, lost, tmp_path):
+    """PEFT would change the embedding alone, and the model's output not as it was tuned."""
+    W, V = decaying("e", 20, 16), decaying("q", 24, 16)
+    tensors = {"model.embed_tokens.weight": W, "q.weight": V}
+    tuned = {name: tensor + low_rank(name, *tensor.shape, 2) for name, tensor in tensors.items()}
+    folders = [
+        write_checkpoint(tmp_path / name, one, config)
+        for name, one in (("tuned", tuned), ("base", tensors))
+    ]
+    certificate = extract(*folders, tmp_path / "out", rank=2, accept_loss=True)
+
+    assert [row.name for row in certificate.lost] == ["model.embed_tokens.weight"] * lost
+    assert len(certificate.factored) == 2 - lost
+
+
 def test_vectors_alone_are_no_adapter(tmp_path):
     """PEFT needs a LoRA at least: exit 3, nothing written."""
     tuned, base = pair(tmp_path, {f"{Q}.bias": vector("db", 24)})

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from eckart.comparison import Changes
 from eckart.errors import LossError, UsageError
-from eckart.families import FLOATING, adaptable, is_embedding, is_norm
+from eckart.families import FLOATING, adaptable, is_embedding, is_norm, is_tied_to_head
 from eckart.matrix import Matrix
 
 WHOLE = ("norms", "biases", "embeddings")
@@ -18,6 +18,8 @@ ACCEPTED_SHARE = 1e-3
 
 CHOSEN = ("excluded by --exclude", "not among --include")
 """Reasons that are the user's own word."""
+
+TIED = "tied to the output head, which PEFT would leave as it was"
 
 SHOWN = 40
 
@@ -54,11 +56,13 @@ def fates_of(
     exclude: Sequence[str] = (),
 ) -> Fates:
     """Returns what an adapter for PEFT can do about every tensor that differs."""
-    whole = [name for name in changes.changed if _is_whole(name, store_whole)]
-    rest = [name for name in changes.changed if name not in whole]
+    tied = [name for name in changes.changed if is_tied_to_head(name, changes.tuned)]
+    whole = [name for name in changes.changed if name not in tied and _is_whole(name, store_whole)]
+    rest = [name for name in changes.changed if name not in whole and name not in tied]
     found, reasons = adaptable(changes.tuned, rest, include=include, exclude=exclude)
     lost = {name: _remedy(name, why) for name, why in reasons.items()}
     lost |= dict.fromkeys(changes.added, "not in the base: no adapter adds a tensor")
+    lost |= dict.fromkeys(tied, TIED)
     odd = [name for name in found if changes.base.tensors[name].dtype not in FLOATING]
     lost |= {name: f"dtype {changes.base.tensors[name].dtype} in the base" for name in odd}
     return Fates({name: found[name] for name in found if name not in odd}, whole, lost)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from eckart.checkpoint.documents import read_json
 from eckart.checkpoint.header import TensorInfo
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
@@ -17,6 +18,9 @@ from eckart.errors import UsageError
 from eckart.matrix import Matrix, Orientation
 
 FLOATING = ("F64", "F32", "F16", "BF16")
+
+GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
+"""How the architectures end that have an output head over the vocabulary."""
 
 EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared|relative_attention_bias)(\.|$)")
 NORM = re.compile(r"norm|(^|\.)ln(_\w+)?(\.|$)", re.IGNORECASE)
@@ -28,6 +32,11 @@ CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
 EXPERT = re.compile(r"(^|\.)(experts\.|(block_sparse_moe|mlp)\.(in|out)put_linear)")
 """Experts, each a tensor of its own or fused into a 3-D one (Llama 4, gpt-oss, Qwen3-VL-MoE;
 Granite and JetMoE)."""
+
+ROUTER = re.compile(r"(^|\.)(gate|router)\.weight$")
+
+TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight$")
+"""Embeddings of tokens, to which an output head may be tied."""
 
 PAIRS = {"gate_up_proj": "down_proj", "input_linear": "output_linear"}
 """The fused layer that widens, and the one behind it: their shapes tell the order of the sides."""
@@ -109,6 +118,24 @@ def is_embedding(name: str) -> bool:
     return EMBEDDING.search(name.removesuffix(".weight")) is not None
 
 
+def is_tied_to_head(name: str, source: Source) -> bool:
+    """Returns whether a tensor is the embedding that the model's output head is tied to.
+
+    By its name, the architecture in config.json, `tie_word_embeddings` (true unless it says
+    otherwise), and that the checkpoint holds no head.
+    """
+    if not TABLE.search(name) or any(HEAD.search(other) for other in source.tensors):
+        return False
+    if source.folder is None or not (source.folder / "config.json").exists():
+        return False
+    config = read_json(source.folder / "config.json")
+    architectures = config.get("architectures")
+    heads = isinstance(architectures, list) and any(
+        str(one).endswith(GENERATING) for one in architectures
+    )
+    return heads and config.get("tie_word_embeddings") is not False
+
+
 def is_norm(name: str) -> bool:
     """Returns whether a tensor is the weight or the bias of a norm, by its name.
 
@@ -158,8 +185,10 @@ def _unadaptable(name: str, info: TensorInfo) -> str | None:
     """Why no adapter holds it as a product."""
     if why := _unfit(name, info):
         return why
-    if len(info.shape) == 3:
-        return "experts fused into one tensor"
+    if is_routed_expert(name) or len(info.shape) == 3:
+        return "routed experts, which loaders fuse into one parameter"
+    if ROUTER.search(name):
+        return "a router, which is no linear layer where it is loaded"
     return None if name.endswith(".weight") else "not a module's weight"
 
 
