@@ -1,6 +1,7 @@
 """tuned − base as an adapter: what is carried, what is lost and said, and that it is proved."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from builders import (
     decaying,
     eckart,
+    forge,
     in_a_process_killed_at,
     read_document,
     small_tensors,
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eckart import extract, verify
-from eckart.errors import InputError, LossError, PromiseError, UsageError
+from eckart.errors import InputError, LossError, PromiseError, StaleError, UsageError
 from eckart.execute import local
 
 WEIGHTS = "adapter_model.safetensors"
@@ -269,6 +271,82 @@ def test_an_embedding_that_the_head_is_tied_to_is_named_as_lost(config, lost, tm
     assert len(certificate.factored) == 2 - lost
 
 
+NAMES = {  # how it is stored, or why it is not
+    "embed_out.weight": "lora_A.weight",
+    "patch_embed.proj.weight": "lora_A.weight",
+    "embedding_hidden_mapping_in.weight": "its name does not tell",
+    "word_embeddings.weight": "lora_embedding_A",
+    "attn.out_proj.weight": "torch's own attention",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_tables_are_stored_as_embeddings(name, tmp_path):
+    """A layer that PEFT would not find by its keys is never written by those keys."""
+    shape = (20, 3, 2, 2) if "patch" in name else (20, 16)
+    W = decaying("e", 20, math.prod(shape[1:])).reshape(shape)
+    tensors = {name: W, "q.weight": decaying("q", 24, 16), "attn.in_proj_weight": torch.ones(4, 4)}
+    tuned = {**tensors, name: 1.5 * W, "q.weight": 2 * tensors["q.weight"]}
+    folders = [write_checkpoint(tmp_path / n, one) for n, one in (("t", tuned), ("b", tensors))]
+    certificate = extract(*folders, tmp_path / "out", rank=4, accept_loss=True)
+    keys = [key for key in load_file(tmp_path / "out" / WEIGHTS) if ".q." not in key]
+
+    if "lora" in NAMES[name]:
+        assert any(key.endswith(NAMES[name]) for key in keys)
+    else:
+        assert keys == []
+        assert NAMES[name] in certificate.lost[0].reason
+    assert all(check.held for check in verify(tmp_path / "out", folders[0], base=folders[1]))
+
+
+def test_counters_are_no_change_of_the_model(simple, tmp_path):
+    """`num_batches_tracked` is named, and weighs nothing."""
+    tuned, base = (
+        write_checkpoint(
+            tmp_path / f"{folder.name}-counted",
+            {**load_file(folder / "model.safetensors"), "num_batches_tracked": torch.tensor(count)},
+        )
+        for folder, count in zip(simple, (5000, 0), strict=True)
+    )
+    certificate = extract(tuned, base, tmp_path / "out", rank=3)
+
+    assert [(row.name, row.energy_share) for row in certificate.lost] == [
+        ("num_batches_tracked", 0.0)
+    ]
+
+
+def test_what_is_excluded_does_not_hide_what_is_lost(tmp_path):
+    """The thousandth is of what the user did not give up."""
+    changes = {
+        f"{Q}.weight": low_rank("q", 24, 16, 2),
+        f"{Q}.bias": vector("db", 24),
+        f"{UP}.weight": 1e4 * low_rank("u", 40, 16, 2),
+    }
+    tuned, base = pair(tmp_path, changes)
+
+    with pytest.raises(LossError):
+        extract(tuned, base, tmp_path / "out", rank=2, exclude=["*.up_proj"])
+
+
+def test_a_forged_account_of_the_change_is_found(tmp_path):
+    """With good digests: a rank of 0 that claims no error, shares that are none."""
+    changes = {f"{Q}.weight": decaying("dq", 24, 16), f"{UP}.weight": decaying("du", 40, 16) / 100}
+    tuned, base = pair(tmp_path, changes)
+    out = tmp_path / "out"
+    extract(tuned, base, out, keep=0.15)
+
+    def no_error(document):
+        row = next(row for row in document["matrices"] if row["rank"] == 0)
+        row |= {"relative_error": 0.0, "optimum": 0.0}
+
+    for change in (no_error, lambda d: d["change"].update(factored=1.5)):
+        honest = (out / "eckart.json").read_bytes()
+        forge(out, change)
+        assert not all(check.held for check in verify(out, tuned, base=base))
+        (out / "eckart.json").write_bytes(honest)
+    assert all(check.held for check in verify(out, tuned, base=base))
+
+
 def test_vectors_alone_are_no_adapter(tmp_path):
     """PEFT needs a LoRA at least: exit 3, nothing written."""
     tuned, base = pair(tmp_path, {f"{Q}.bias": vector("db", 24)})
@@ -340,6 +418,20 @@ def test_killed_anywhere_and_resumed_the_bytes_are_the_same(simple, tmp_path):
         assert not out.with_name(f"{out.name}.eckart-work").exists()
         number += 4
     assert kills >= 10
+
+
+def test_kept_work_of_another_base_is_stale(simple, tmp_path):
+    """Even where sizes and times of the files are the same: exit 4."""
+    tuned, base = simple
+    extract(tuned, base, tmp_path / "out", rank=2, work=tmp_path / "work")
+    other = load_file(base / "model.safetensors")
+    other[f"{Q}.weight"] += 1
+    second = write_checkpoint(tmp_path / "second", other)
+    stat = (base / "model.safetensors").stat()
+    os.utime(second / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    with pytest.raises(StaleError, match="has changed"):
+        extract(tuned, second, tmp_path / "again", rank=2, work=tmp_path / "work")
 
 
 def test_half_precision_is_subtracted_exactly_and_stored_as_it_was(tmp_path):

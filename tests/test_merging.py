@@ -168,6 +168,11 @@ BROKEN = {
     "a regular expression": ({"rank_pattern": {"(a+)+$": 4}}, "no regular expression"),
     "a class": ({"alpha_pattern": {"layers\\.\\d": 4}}, "no regular expression"),
     "no alpha": ({"lora_alpha": None}, "lora_alpha"),
+    "a huge alpha": ({"lora_alpha": 10**400}, "lora_alpha"),
+    "a huge pattern": ({"alpha_pattern": {"q": 10**400}}, "no table of numbers"),
+    "an initialization that changes the base": ({"init_lora_weights": "pissa"}, "pissa"),
+    "a condition": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+    "no truth value": ({"use_rslora": "x"}, "use_rslora"),
     "a pattern of words": ({"rank_pattern": {"q": "four"}}, "no table of numbers"),
 }
 
@@ -182,6 +187,71 @@ def test_what_is_not_understood_is_refused_by_name(case, tmp_path):
     assert done.code == 3, done.err
     assert words in done.err
     assert not (tmp_path / "out").exists()
+
+
+def with_tensors(folder: Path, more: dict[str, torch.Tensor]) -> Path:
+    """The adapter with further tensors."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({**tensors, **more}, folder / "adapter_model.safetensors")
+    return folder
+
+
+Q = f"{PREFIX}layers.0.q"
+ODD = {
+    "a bias of another length": {f"{Q}.lora_B.bias": torch.ones(23)},
+    "a bias that is no vector": {f"{Q}.lora_B.bias": torch.ones(24, 1)},
+    "a bias of integers": {f"{Q}.lora_B.bias": torch.ones(24, dtype=torch.int32)},
+    "a B with a window": {f"{Q}.lora_B.weight": torch.ones(24, 2, 2, 1)},
+    "both replaced and added to": {f"{Q}.weight": torch.ones(24, 16)},
+    "a bias both replaced and added to": {
+        f"{Q}.base_layer.bias": torch.ones(24),
+        f"{Q}.lora_B.bias": torch.ones(24),
+    },
+    "a bias twice": {f"{Q}.base_layer.bias": torch.ones(24), f"{Q}.bias": torch.ones(24)},
+    "a bias that overflows": {f"{Q}.lora_B.bias": torch.full((24,), torch.inf)},
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_tensors_that_do_not_belong_together_are_refused(case, tmp_path):
+    """Exit 3, one sentence, nothing written."""
+    given = with_tensors(write_adapter(tmp_path / "given", {"layers.0.q": 4}, 1), ODD[case])
+    done = eckart("resize", given, "-o", tmp_path / "out", "--rank", 2)
+
+    assert done.code == 3, done.err
+    assert "q" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_for_nothing_is_refused(tmp_path):
+    """No adapter that no loader takes, and no bias that goes with its module in silence."""
+    given = write_adapter(tmp_path / "given", {"layers.0.q": 4, "layers.1.q": 4}, 1)
+    with_tensors(given, {f"{Q}.lora_B.bias": torch.ones(24)})
+
+    assert "no adapter" in eckart("resize", given, "-o", tmp_path / "o", "--size", 150).err
+    tensors = load_file(given / "adapter_model.safetensors")
+    name = f"{Q}.lora_B.weight"
+    with_tensors(given, {name: tensors[name] / 1000})
+    done = eckart("resize", given, "-o", tmp_path / "o", "--size", 96 + 4 * 40 + 8)
+    assert done.code == 2
+    assert "the bias" in done.err
+
+
+def test_a_whole_bias_of_a_module_that_is_left_out_stays(tmp_path):
+    """By the name that its layer then has; what the base is called stays as it was."""
+    given = write_adapter(tmp_path / "given", {"layers.0.q": 4, "layers.1.q": 4}, 1)
+    tensors = load_file(given / "adapter_model.safetensors")
+    small = {f"{Q}.lora_B.weight": tensors[f"{Q}.lora_B.weight"] / 1000}
+    with_tensors(given, {**small, f"{Q}.base_layer.bias": torch.ones(24)})
+    config = json.loads((given / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    (given / "adapter_config.json").write_text(json.dumps(config))
+    resize(given, tmp_path / "out", size=96 + 4 * 40 + 8)
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+
+    assert f"{Q}.bias" in load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert written["base_model_name_or_path"] is None
+    assert all(check.held for check in verify(tmp_path / "out", given))
 
 
 def test_adapters_of_different_models_are_refused(tmp_path):
@@ -215,6 +285,8 @@ def test_other_adapters_than_it_was_made_from_are_refused(tmp_path):
         verify(tmp_path / "out", one)
     with pytest.raises(CheckpointError, match="differ, or the order"):
         verify(tmp_path / "out", [two, one])
+    with pytest.raises(UsageError, match="no adapter to merge"):
+        merge([], tmp_path / "none", rank=2)
     with pytest.raises(UsageError, match="no base"):
         verify(tmp_path / "out", [one, two], base=one)
 

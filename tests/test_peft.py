@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eckart import apply, extract, verify
+from eckart.errors import CheckpointError, InputError
 
 pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -159,6 +160,7 @@ def test_an_adapter_of_peft_is_applied_as_peft_merges_it(case, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     model = small_model("llama")
+    model.register_buffer("steps", torch.tensor(2.5))  # a scalar, as many models have one
     model.save_pretrained(tmp_path / "base")
     settings = {"r": 4, "target_modules": ["q_proj", "up_proj"], **PEFT_CONFIGS[case]}
     tuned = get_peft_model(model, LoraConfig(**settings))
@@ -172,7 +174,10 @@ def test_an_adapter_of_peft_is_applied_as_peft_merges_it(case, tmp_path):
     apply(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
 
     assert (logits(dense(tmp_path / "out")) - expected).norm() < 1e-5 * expected.norm()
-    if case != "whole":
+    if case == "whole":
+        with pytest.raises(CheckpointError, match="cannot be taken out"):
+            apply(tmp_path / "adapter", tmp_path / "out", tmp_path / "back", subtract=True)
+    else:
         apply(tmp_path / "adapter", tmp_path / "out", tmp_path / "back", subtract=True)
         back, base = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "base"))
         for name, tensor in base.items():
@@ -182,8 +187,6 @@ def test_an_adapter_of_peft_is_applied_as_peft_merges_it(case, tmp_path):
 def test_dora_and_unknown_fields_are_refused_by_name(tmp_path):
     """Exit 3: what is not understood is never passed over."""
     from peft import LoraConfig, get_peft_model
-
-    from eckart.errors import CheckpointError
 
     model = small_model("llama")
     model.save_pretrained(tmp_path / "base")
@@ -198,8 +201,6 @@ def test_dora_and_unknown_fields_are_refused_by_name(tmp_path):
 
 def test_an_adapter_for_another_model_is_refused(tmp_path):
     """By the tensor that is not there, or has other sides."""
-    from eckart.errors import CheckpointError, InputError
-
     tuned, base = write_pair("llama", tmp_path / "a", ("proj",))
     extract(tuned, base, tmp_path / "adapter", rank=2)
     _, other = write_pair("gpt2", tmp_path / "b", ("c_attn",))
@@ -223,3 +224,22 @@ def test_an_adapter_for_another_model_is_refused(tmp_path):
         apply(tmp_path / "adapter", nudged, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     apply(tmp_path / "adapter", nudged, tmp_path / "out", other_base=True)
+
+
+def test_an_addition_that_rounding_swallows_is_remarked_upon(tmp_path):
+    """bfloat16 weights, and a thousandth of an ulp: the certificate and stderr say so."""
+    import json
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder in (base, adapter):
+        folder.mkdir()
+    save_file({"q.weight": torch.ones(8, 8).bfloat16()}, base / "model.safetensors")
+    parts = {f"base_model.model.q.lora_{p}.weight": torch.full((1, 8), 1e-3) for p in "A"}
+    parts["base_model.model.q.lora_B.weight"] = torch.full((8, 1), 1e-3)
+    save_file(parts, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    certificate = apply(adapter, base, tmp_path / "out")
+
+    assert certificate.matrices[0].relative_error > 0.9
+    assert "took more than a tenth" in certificate.remarks[0]

@@ -72,7 +72,8 @@ def check_losses(changes: Changes, lost: dict[str, str]) -> None:
     """Raises LossError if more than a thousandth of the change would be lost, naming all of it."""
     energies = {**changes.changed, **changes.added}
     unasked = {name: why for name, why in lost.items() if why not in CHOSEN}
-    share = lost_share(changes, unasked)
+    chosen = lost_share(changes, {name: why for name, why in lost.items() if why in CHOSEN})
+    share = lost_share(changes, unasked) / (1 - chosen) if chosen < 1 else 0.0
     if share <= ACCEPTED_SHARE:
         return
     error = LossError(

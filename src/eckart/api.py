@@ -32,7 +32,7 @@ from eckart.compression import (
     write_assembly,
     write_factored,
 )
-from eckart.errors import CheckpointError
+from eckart.errors import CheckpointError, UsageError
 from eckart.execute import Progress, Silent, Task, Workers, workers_for
 from eckart.extraction import (
     adapter_targets,
@@ -366,7 +366,7 @@ def apply(
     check_output(target, inputs=inputs, force=force)
     orders, layout = orders_of(origin, parts, subtract=subtract)
     check_space(target, sum(place.nbytes for place in layout.values()), "the output")
-    count = workers_for([info.shape for info in origin.tensors.values()], workers, threads)
+    count = workers_for([one.shape for one in parts.parts.values()], workers, threads)
     options: Options = {
         "subtract": subtract,
         "other_base": other_base,
@@ -451,6 +451,8 @@ def merge(
     """
     policy = policy_of(rank=rank, energy=energy, error=error, keep=keep, size=size)
     check_align(align)
+    if not adapters:
+        raise UsageError("there is no adapter to merge: name one at least.")
     stored, target = stored_dtype(dtype), Path(out)
     folders = [Path(path) for path in adapters]
     check_output(target, inputs=folders, force=force)

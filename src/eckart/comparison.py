@@ -59,7 +59,8 @@ class Comparer:
             if theirs_seen is not None:
                 theirs_seen.update(bytes_of(W0))
             if not same:
-                missed, equal = missed + _energy_between(W, W0), equal and torch.equal(W, W0)
+                equal = equal and torch.equal(W, W0)
+                missed += _energy_between(W, W0) if W.is_floating_point() else 0.0
         if not math.isfinite(missed) and {ours.dtype, theirs.dtype} <= {*FLOATING}:
             raise NonFiniteError(
                 f"{printable(name)} has a NaN or Inf in {printable(self.tuned.path)} or in "
@@ -141,4 +142,9 @@ def _own_energy(source: Source, name: str) -> float:
     pieces = (
         source.entries(name, start, min(start + PIECE_ENTRIES, info.parameters)) for start in starts
     )
-    return sum(energy(piece) for piece in pieces)
+    found = sum(energy(piece) for piece in pieces)
+    if not math.isfinite(found):
+        raise NonFiniteError(
+            f"{printable(name)} in {printable(source.path)} has a NaN or Inf: repair it."
+        )
+    return found

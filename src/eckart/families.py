@@ -35,6 +35,12 @@ Granite and JetMoE)."""
 
 ROUTER = re.compile(r"(^|\.)(gate|router)\.weight$")
 
+LOOKED_UP = re.compile(
+    r"(^|\.)(wte|wpe|shared|relative_attention_bias|embed_(tokens|positions|in)|tok_embeddings|"
+    r"(token|word|position|token_type)_embeddings?|embeddings?)\.weight$"
+)
+"""Tables that a layer looks rows up in (torch's Embedding), by the names that they go by."""
+
 TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight$")
 """Embeddings of tokens, to which an output head may be tied."""
 
@@ -88,7 +94,7 @@ def adaptable(
     (dimension × vocabulary). Patterns mean the same.
     """
     tensors = source.tensors
-    unfit = {name: why for name in names if (why := _unadaptable(name, tensors[name]))}
+    unfit = {name: why for name in names if (why := _unadaptable(name, tensors))}
     candidates = [name for name in names if name not in unfit]
     _check_patterns(candidates, [*include, *exclude])
     found: dict[str, Matrix] = {}
@@ -104,7 +110,7 @@ def adaptable(
 
 def matrix_as_used(name: str, tensors: Mapping[str, TensorInfo]) -> Matrix:
     """Returns a weight as its layer computes it: embeddings and Conv1D layers are transposed."""
-    if is_embedding(name):
+    if is_embedding(name) and len(tensors[name].shape) == 2:
         return Matrix(tensors[name].shape, "in_out")
     return Matrix(tensors[name].shape, _orientation(name, tensors, _has_conv1d(tensors)))
 
@@ -115,7 +121,7 @@ def is_embedding(name: str) -> bool:
     >>> is_embedding("model.embed_tokens.weight"), is_embedding("lm_head.weight")
     (True, False)
     """
-    return EMBEDDING.search(name.removesuffix(".weight")) is not None
+    return LOOKED_UP.search(name) is not None
 
 
 def is_tied_to_head(name: str, source: Source) -> bool:
@@ -181,14 +187,20 @@ def _unfit(name: str, info: TensorInfo) -> str | None:
     return "one input channel" if dimensions == 4 and info.shape[1] == 1 else None
 
 
-def _unadaptable(name: str, info: TensorInfo) -> str | None:
+def _unadaptable(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
     """Why no adapter holds it as a product."""
+    info, module = tensors[name], name.removesuffix(".weight")
     if why := _unfit(name, info):
         return why
     if is_routed_expert(name) or len(info.shape) == 3:
         return "routed experts, which loaders fuse into one parameter"
     if ROUTER.search(name):
         return "a router, which is no linear layer where it is loaded"
+    if f"{module.removesuffix('.out_proj')}.in_proj_weight" in tensors:
+        return "part of torch's own attention, which computes with it and calls no layer"
+    linear = f"{module}.bias" in tensors or HEAD.search(module) or len(info.shape) == 4
+    if EMBEDDING.search(module) and not is_embedding(name) and not linear:
+        return "a layer or a table, its name does not tell which"
     return None if name.endswith(".weight") else "not a module's weight"
 
 

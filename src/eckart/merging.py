@@ -76,6 +76,7 @@ def write_merged(
 ) -> Certificate:
     """Lays the file out, fills it in any order, and certifies it."""
     first = adapters[0]
+    _check_something_left(sums, choices, dtype)
     layout, orders = layout_of(sums, choices, first, dtype)
     files = lay_out_file(job.staged / peft.WEIGHTS, layout)
     unit = Recombiner(first.source, files, job.threads)
@@ -87,7 +88,7 @@ def write_merged(
     }
     document = peft.configuration(
         entries,
-        base=str(first.config.get("base_model_name_or_path")),
+        base=first.config.get("base_model_name_or_path"),
         whole=first.whole,
         has_lora_bias=any(name.endswith(".lora_B.bias") for name in layout),
     )
@@ -96,6 +97,20 @@ def write_merged(
     for adapter in adapters:
         adapter.source.check_unchanged()
     return certify_merged(job, adapters, sums, choices, filled)
+
+
+def _check_something_left(
+    sums: Mapping[str, Sum], choices: Mapping[str, Choice], dtype: str | None
+) -> None:
+    """No adapter is written that no loader takes, and no bias goes with its module."""
+    if not any(choice.rank for choice in choices.values()):
+        raise UsageError("the budget leaves no module a rank: there would be no adapter. Raise it.")
+    for name, one in sums.items():
+        if not choices[name].rank and one.bias_bytes(dtype):
+            raise UsageError(
+                f"the budget leaves {printable(name)} rank 0, and the bias that the adapter adds "
+                "there would be lost: raise it."
+            )
 
 
 def _against_given(policy: RankPolicy, sums: Mapping[str, Sum]) -> RankPolicy:

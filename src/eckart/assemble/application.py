@@ -5,7 +5,7 @@ once to the base's dtype; what rounding cost is measured as a share of what was 
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,6 +74,9 @@ class Replace:
 
 Order = Copy | Add | AddBias | Replace
 
+MUCH = 0.1
+"""Of an addition: more lost by rounding deserves a remark."""
+
 UNTOUCHED = "not in the adapter"
 REPLACED = "as the adapter has it"
 SUMMED = "a bias, with what the adapter adds to it"
@@ -95,6 +98,7 @@ class Applier:
             case Copy():
                 return Filled(order.name, self._copy(self.base, order.name, order.stored))
             case Replace():
+                check_finite(self.adapter.load(order.stored), order.stored)
                 self._copy(self.adapter, order.stored, order.name)
                 return Filled(order.name, self.base.digest(order.name))
             case AddBias():
@@ -113,7 +117,9 @@ class Applier:
 
     def _add_bias(self, order: AddBias) -> Filled:
         bias = self.base.load(order.name)
-        self.files.write(order.name, bias_sum(bias, order.part, self.adapter, self.sign))
+        added = bias_sum(bias, order.part, self.adapter, self.sign)
+        check_finite(added, f"the sum of {order.name} and the adapter's")
+        self.files.write(order.name, added)
         return Filled(order.name, hashlib.sha256(bytes_of(bias)).hexdigest())
 
     def _add(self, order: Add) -> Filled:
@@ -125,7 +131,7 @@ class Applier:
             W[rows] = exact.to(W.dtype)  # in place: every row is read before it is written
             missed += energy(W[rows].to(exact.dtype) - exact)
             total += energy(added)
-        check_finite(stored, order.name)
+        check_finite(stored, f"the sum of {order.name} and the adapter's product")
         self.files.write(order.name, stored)
         return Filled(order.name, digest, _record(order, stored, rounded_up(missed, total)))
 
@@ -165,6 +171,17 @@ def orders_of(
     for name, stored in adapter.whole.items():
         _check_there(name, base, adapter)
         info = adapter.source.tensors[stored]
+        if subtract:
+            raise CheckpointError(
+                f"{printable(adapter.source.path)} replaces {printable(name)}, and what stood "
+                "there before it does not say: it cannot be taken out."
+            )
+        if info.dtype not in FLOATING or info.shape != tensors[name].shape:
+            raise CheckpointError(
+                f"{printable(name)} is {info.dtype} {[*info.shape]} in "
+                f"{printable(adapter.source.path)} and {tensors[name].dtype} "
+                f"{[*tensors[name].shape]} in {printable(base.path)}: they must have one shape."
+            )
         orders[name] = Replace(name, stored, info.nbytes)
         layout[name] = TensorLayout(info.dtype, info.shape, info.nbytes)
     for name, stored in adapter.bases.items():
@@ -264,10 +281,24 @@ def certify_applied(
             tensor_bytes=(_sum(both[0], "nbytes"), _sum(both[1], "nbytes")),
             keep=1.0,
         ),
+        remarks=_rounded_away(records),
         run=run_of(job),
     )
     write_file(job.staged / CERTIFICATE, certificate.encode())
     return certificate
+
+
+def _rounded_away(records: Sequence[MatrixRecord]) -> list[str]:
+    """Where the dtype of the base swallowed much of what was added."""
+    large = [record for record in records if record.relative_error > MUCH]
+    if not large:
+        return []
+    worst = max(large, key=lambda record: record.relative_error)
+    return [
+        f"rounding to {worst.dtype} took more than a tenth of what was added to {len(large)} of "
+        f"{len(records)} tensors, {worst.relative_error:.0%} of it in {printable(worst.name)}: the "
+        "addition is small beside the weights."
+    ]
 
 
 def _sum(infos: Iterable[TensorInfo], what: Literal["parameters", "nbytes"]) -> int:

@@ -188,7 +188,9 @@ class Recombiner:
                 offset += len(piece)
             return Filled(order.name, None)
         if isinstance(order, SumBias):
-            self.files.write(order.stored, bias_of_sum(order.sum).to(DTYPES[order.dtype]))
+            bias = bias_of_sum(order.sum).to(DTYPES[order.dtype])
+            check_finite(bias, order.stored)
+            self.files.write(order.stored, bias)
             return Filled(order.name, None)
         with on_threads(order.sum.shape, self.threads):
             return self._recombine(order)
@@ -311,10 +313,11 @@ def layout_of(
             bias = peft.bias_name(name)
             layout[bias] = TensorLayout.of(stored, (one.shape[0],))
             orders[bias] = SumBias(bias, one, bias, stored)
-    for name, stored in adapter.whole.items():
-        info = adapter.source.tensors[stored]
+    kept = [name for name in sums if choices[name].rank]
+    for name, given in adapter.whole.items():
+        info, stored = adapter.source.tensors[given], peft.whole_name(name, kept)
         layout[stored] = TensorLayout(info.dtype, info.shape, info.nbytes)
-        orders[name] = Copy(stored, stored, info.nbytes)
+        orders[name] = Copy(given, stored, info.nbytes)
     return layout, orders
 
 

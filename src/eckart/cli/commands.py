@@ -410,6 +410,7 @@ def apply(
         print_json(certificate.document())
     elif not quiet:
         print_table(applied_table(certificate))
+        _say_all(certificate.remarks)
         say(f"wrote {output}; prove it: eckart verify {output} --against {adapter} --base {base}")
 
 

@@ -81,7 +81,7 @@ def open_work(folder: Path, source: Source, identity: Identity, names: Iterable[
     if (folder / WORK).exists():
         stamps_differ = _check_same(folder, identity, source)
         _recover(work, names)
-        if stamps_differ:
+        if stamps_differ or source.known:  # where digests are known, comparing costs nothing
             _check_source(work)
     else:
         _begin(work)

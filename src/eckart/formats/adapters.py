@@ -22,9 +22,9 @@ from eckart.linalg.factors import Factors
 
 INERT = frozenset(
     {
-        *("alora_invocation_tokens", "arrow_config", "auto_mapping", "base_model_name_or_path"),
+        *("auto_mapping", "base_model_name_or_path"),
         *("corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode"),
-        *("init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config"),
+        *("layers_pattern", "layers_to_transform", "loftq_config"),
         *("lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save"),
         *("peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules"),
         *("task_type", "velora_config"),
@@ -35,10 +35,25 @@ the tensors have anyway."""
 
 UNDERSTOOD = frozenset(
     {
-        *("alpha_pattern", "bias", "fan_in_fan_out", "lora_alpha", "lora_bias", "peft_type", "r"),
+        *(
+            "alpha_pattern",
+            "bias",
+            "fan_in_fan_out",
+            "lora_alpha",
+            "init_lora_weights",
+            "lora_bias",
+            "peft_type",
+            "r",
+        ),
         *("rank_pattern", "use_rslora"),
     }
 )
+
+HARMLESS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Initializations (`init_lora_weights`) that leave the base as it was; PiSSA's does not."""
+
+LARGEST = 10**6
+"""More than any rank or lora_alpha in use."""
 
 NEUTRAL: tuple[object, ...] = (None, False, [], {}, "none")
 """Values of any other field that change nothing."""
@@ -117,6 +132,11 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
         for key, value in config.items()
         if key not in INERT | UNDERSTOOD and value not in NEUTRAL
     }
+    if config.get("init_lora_weights") not in HARMLESS:
+        odd["init_lora_weights"] = config["init_lora_weights"]
+    for key in ("use_rslora", "fan_in_fan_out", "lora_bias"):
+        if config.get(key) not in (None, True, False):
+            odd[key] = config[key]
     if odd:
         key, value = min(odd.items())
         raise CheckpointError(
@@ -129,10 +149,10 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
 
 def _number(config: Mapping[str, Any], key: str, folder: Path) -> float:
     value = config.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= LARGEST:
         raise CheckpointError(
             f"{printable(folder / CONFIG)} has {key} = {printable(value)}: it must be a number "
-            "from 0."
+            "from 0 to a million."
         )
     return float(value)
 
@@ -160,10 +180,24 @@ def _sorted_out(
                     "lora_A, lora_B and lora_embedding_A, _B are."
                 )
             layer = name.removeprefix(PREFIX).replace(".base_layer.", ".")
-            (bases if name.endswith(".base_layer.weight") else whole)[layer] = name
+            kept = bases if name.endswith(".base_layer.weight") else whole
+            if layer in kept:
+                raise CheckpointError(
+                    f"{printable(source.path)} holds {printable(layer)} twice, as "
+                    f"{printable(kept[layer])} and as {printable(name)}: take one of them out."
+                )
+            kept[layer] = name
         else:
             X = name.removeprefix(PREFIX).removesuffix(end)
             parts.setdefault(X, {})[PARTS[end]] = name
+    for X, found in parts.items():
+        both = [f"{X}.weight"] if f"{X}.weight" in whole else []
+        both += [f"{X}.bias"] if "bias" in found and f"{X}.bias" in whole else []
+        if both:
+            raise CheckpointError(
+                f"{printable(source.path)} both replaces {printable(both[0])} and adds to it: "
+                "merge it with PEFT and extract it."
+            )
     return parts, whole, bases
 
 
@@ -176,11 +210,13 @@ def _part(X: str, found: Mapping[str, str], source: Source, config: Mapping[str,
     for info in (A, B):
         if info.dtype not in FLOATING or len(info.shape) not in (2, 4) or 0 in info.shape:
             raise CheckpointError(f"{where} has a factor of {info.dtype} {[*info.shape]}.")
-    rank = A.shape[0]
+    rank, bias = A.shape[0], source.tensors.get(found.get("bias", ""))
+    if bias is not None and (bias.dtype not in FLOATING or bias.shape != B.shape[:1]):
+        raise CheckpointError(f"{where} has a bias of {bias.dtype} {[*bias.shape]}.")
     if found["A"].endswith("_A") != is_embedding(f"{X}.weight"):
         raise CheckpointError(f"{where} is not stored as its name would have it: rename it.")
     stated = first_match(_pattern(config, "rank_pattern"), X) or config["r"]
-    if B.shape[1] != rank or rank != stated:
+    if B.shape[1:] != (rank, *(1 for _ in A.shape[2:])) or rank != stated:
         raise CheckpointError(
             f"{where} has A {[*A.shape]} and B {[*B.shape]}, and its configuration says rank "
             f"{printable(stated)}: they must agree."
@@ -203,6 +239,10 @@ def _part(X: str, found: Mapping[str, str], source: Source, config: Mapping[str,
 
 def _pattern(config: Mapping[str, Any], key: str) -> Mapping[str, float]:
     found = config.get(key) or {}
-    if not isinstance(found, dict) or not all(isinstance(v, int | float) for v in found.values()):
+    sound = isinstance(found, dict) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= LARGEST
+        for v in found.values()
+    )
+    if not sound:
         raise CheckpointError(f"{key} = {printable(found)} is no table of numbers by module.")
     return found

@@ -76,7 +76,7 @@ def decode(source: Source, name: str, entry: FactoredEntry, index: int = 0) -> F
 def configuration(
     entries: Mapping[str, FactoredEntry],
     *,
-    base: str,
+    base: object,
     whole: Collection[str],
     has_lora_bias: bool = False,
 ) -> dict[str, object]:

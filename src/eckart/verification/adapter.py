@@ -26,6 +26,7 @@ from eckart.formats import peft
 from eckart.formats.factored import matrix_of
 from eckart.linalg.arrays import check_finite
 from eckart.verification.against import check_matrix
+from eckart.verification.alone import check_optima
 from eckart.verification.check import Check
 
 CLOSE = 1e-9
@@ -42,6 +43,7 @@ def checks_alone(out: Path, written: Source, certificate: Certificate) -> Iterat
     yield tensors
     if tensors.held:
         yield check_output(written, certificate)
+        yield check_optima(certificate)
 
 
 def checks_against_pair(
@@ -116,6 +118,11 @@ def check_claims(certificate: Certificate) -> Check:
     faults = [f"{name} stands there twice" for name, n in Counter(names).items() if n > 1]
     if not isinstance(certificate.options.get("seed"), int):
         faults.append("it names no seed")
+    faults += [
+        f"{row.name} has rank 0, and an error below 1"
+        for row in certificate.matrices
+        if not row.rank and row.relative_error != 1
+    ]
     described = {peft.module_of(row.name): row.rank for row in certificate.matrices if row.rank}
     stored = {X: entry.rank for X, entry in certificate.factored.items()}
     wrong = described.items() ^ stored.items()
@@ -138,7 +145,7 @@ def _check_config(out: Path, certificate: Certificate) -> Check:
         return Check.of("config", [str(error)], "")
     promised = peft.configuration(
         entries_of(certificate),
-        base=str(stated.get("base_model_name_or_path")),
+        base=stated.get("base_model_name_or_path"),
         whole=[row.name for row in certificate.stored_whole],
     )
     same = canonical_json(stated) == canonical_json(promised)
@@ -159,6 +166,8 @@ def check_tensors(written: Source, certificate: Certificate, others: set[str]) -
         places = peft.layout(name, entry, first.dtype if first else "F32")
         expected |= places.keys()
         faults += _faults(written, places)
+    here = sorted(others & written.tensors.keys())
+    faults += [fault for name in here for fault in _not_finite(written, name)]
     faults += [f"{name} is missing" for name in sorted(expected - written.tensors.keys())]
     faults += [f"{name} is not accounted for" for name in sorted(written.tensors.keys() - expected)]
     return Check.of("tensors", faults, f"{len(written.tensors)} tensors, all accounted for")
@@ -172,10 +181,14 @@ def _faults(written: Source, places: dict[str, TensorLayout]) -> Iterable[str]:
         if (found.dtype, found.shape) != (place.dtype, place.shape):
             yield f"{name} is {found.dtype} {[*found.shape]}, not {place.dtype} {[*place.shape]}"
             continue
-        try:
-            check_finite(written.load(name), name)
-        except EckartError as error:
-            yield str(error)
+        yield from _not_finite(written, name)
+
+
+def _not_finite(written: Source, name: str) -> Iterable[str]:
+    try:
+        check_finite(written.load(name), name)
+    except EckartError as error:
+        yield str(error)
 
 
 def check_output(written: Source, certificate: Certificate) -> Check:
@@ -230,6 +243,8 @@ def _check_change(changes: Changes, certificate: Certificate) -> Check:
     if claimed and not (
         _near(claimed.relative_error, change_error(certificate.matrices, lost))
         and _near(claimed.lost, sum(lost))
+        and _near(claimed.factored, sum(row.energy_share or 0 for row in certificate.matrices))
+        and _near(claimed.stored_whole, sum(row.energy_share for row in certificate.stored_whole))
         and math.isclose(claimed.energy, changes.energy, rel_tol=CLOSE)
     ):
         faults.append("the sums over all tensors are others")

@@ -12,7 +12,7 @@ from eckart.certificate import Certificate, FactoredEntry, MatrixRecord
 from eckart.checkpoint.documents import canonical_json, read_json
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
-from eckart.errors import CheckpointError
+from eckart.errors import CheckpointError, PromiseError
 from eckart.execute import Task, Workers
 from eckart.formats import peft
 from eckart.formats.adapters import Adapter
@@ -23,6 +23,7 @@ from eckart.verification.adapter import (
     entries_of,
 )
 from eckart.verification.against import NOISE, ROUNDING
+from eckart.verification.alone import check_optima
 from eckart.verification.check import Check
 
 
@@ -49,6 +50,7 @@ def checks_alone(out: Path, written: Source, certificate: Certificate) -> Iterat
     yield tensors
     if tensors.held:
         yield check_output(written, certificate)
+        yield check_optima(certificate)
 
 
 def checks_against_adapters(
@@ -66,8 +68,7 @@ def checks_against_adapters(
                 f"{printable(adapter.source.path)} is not what {printable(written.path)} was made "
                 f"from ({printable(known.name)}): its weights differ, or the order."
             )
-    weights = certificate.options.get("weights")
-    sums = sums_of(adapters, [float(w) for w in weights] if isinstance(weights, list) else [])
+    sums = sums_of(adapters, _weights(certificate))
     rows = [row.name for row in certificate.matrices]
     faults = [f"{name} is not mentioned" for name in sorted(sums.keys() - {*rows})]
     faults += [f"{name} is in no adapter" for name in sorted({*rows} - sums.keys())]
@@ -86,17 +87,30 @@ def checks_against_adapters(
             yield _check_sum(row, measured[row.name], sums[row.name])
     faults = [
         f"{name} differs from the adapter's"
-        for name, stored in adapters[0].whole.items()
-        if stored not in written.tensors
-        or written.digest(stored) != adapters[0].source.digest(stored)
+        for name, given in adapters[0].whole.items()
+        if (stored := peft.whole_name(name, entries_of(certificate))) not in written.tensors
+        or written.digest(stored) != adapters[0].source.digest(given)
     ]
     for name, one in sums.items():
         bias = peft.bias_name(name)
-        if bias in written.tensors:
+        if one.bias_bytes(None) and bias not in written.tensors:
+            faults.append(f"{bias} is missing")
+        elif bias in written.tensors:
             stored = written.load(bias)
             if not stored.equal(bias_of_sum(one).to(stored.dtype)):
                 faults.append(f"{bias} is not the sum")
     yield Check.of("others", faults, "what is no product is as the adapters have it")
+
+
+def _weights(certificate: Certificate) -> list[float]:
+    given = certificate.options.get("weights")
+    try:
+        weights = [float(weight) for weight in given] if isinstance(given, list) else []
+    except ValueError:
+        weights = []
+    if len(weights) != len(certificate.merged):
+        raise PromiseError("its certificate does not say how the adapters were weighted.")
+    return weights
 
 
 def _check_sum(record: MatrixRecord, found: float, one: Sum) -> Check:
@@ -116,7 +130,7 @@ def _check_config(
         return Check.of("config", [str(error)], "")
     promised = peft.configuration(
         entries_of(certificate),
-        base=str(stated.get("base_model_name_or_path")),
+        base=stated.get("base_model_name_or_path"),
         whole=whole,
         has_lora_bias=has_lora_bias,
     )
