@@ -448,6 +448,15 @@ def test_half_precision_is_subtracted_exactly_and_stored_as_it_was(tmp_path):
     assert all(check.held for check in verify(tmp_path / "half", tuned, base=base))
 
 
+def test_patterns_may_name_any_tensor(simple, tmp_path):
+    """One that did not change, or is a vector; one that is in no model is exit 2."""
+    tuned, base = simple
+    extract(tuned, base, tmp_path / "out", rank=2, exclude=["norm*", "lm_head"])
+
+    with pytest.raises(UsageError, match="matches no matrix"):
+        extract(tuned, base, tmp_path / "none", rank=2, exclude=["nothing*"])
+
+
 @pytest.mark.parametrize("rank", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_rank_of_a_merged_lora_is_found(rank, dtype, tmp_path):

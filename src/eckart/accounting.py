@@ -57,10 +57,13 @@ def fates_of(
 ) -> Fates:
     """Returns what an adapter for PEFT can do about every tensor that differs."""
     tied = [name for name in changes.changed if is_tied_to_head(name, changes.tuned)]
-    whole = [name for name in changes.changed if name not in tied and _is_whole(name, store_whole)]
-    rest = [name for name in changes.changed if name not in whole and name not in tied]
+    rest = [name for name in changes.changed if name not in tied]
     found, reasons = adaptable(changes.tuned, rest, include=include, exclude=exclude)
-    lost = {name: _remedy(name, why) for name, why in reasons.items()}
+    whole = [
+        name for name in rest if _is_whole(name, store_whole) and reasons.get(name) not in CHOSEN
+    ]
+    found = {name: matrix for name, matrix in found.items() if name not in whole}
+    lost = {name: _remedy(name, why) for name, why in reasons.items() if name not in whole}
     lost |= dict.fromkeys(changes.added, "not in the base: no adapter adds a tensor")
     lost |= dict.fromkeys(tied, TIED)
     odd = [name for name in found if changes.base.tensors[name].dtype not in FLOATING]

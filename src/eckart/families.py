@@ -72,7 +72,7 @@ def matrices(
         for name, info in tensors.items()
         if (why := unfit.get(name) or _left_out(name, info, include, exclude))
     }
-    transposed = _has_conv1d(tensors)
+    transposed = has_conv1d(tensors)
     found = {
         name: Matrix(tensors[name].shape, _orientation(name, tensors, transposed))
         for name in tensors
@@ -91,28 +91,31 @@ def adaptable(
     """Returns which of some tensors an adapter can hold as B·A, and why not the others.
 
     More than `matrices`: output heads and embeddings too, the latter as the layer computes them,
-    (dimension × vocabulary). Patterns mean the same.
+    (dimension × vocabulary). A pattern must match a tensor of the source, of whatever kind.
     """
-    tensors = source.tensors
-    unfit = {name: why for name in names if (why := _unadaptable(name, tensors))}
-    candidates = [name for name in names if name not in unfit]
-    _check_patterns(candidates, [*include, *exclude])
-    found: dict[str, Matrix] = {}
-    for name in candidates:
+    tensors, transposed = source.tensors, has_conv1d(source.tensors)
+    _check_patterns([*tensors], [*include, *exclude])
+    found, reasons = dict[str, Matrix](), dict[str, str]()
+    for name in names:
         if _matches(name, exclude):
-            unfit[name] = "excluded by --exclude"
+            reasons[name] = "excluded by --exclude"
         elif include and not _matches(name, include):
-            unfit[name] = "not among --include"
+            reasons[name] = "not among --include"
+        elif why := _unadaptable(name, tensors):
+            reasons[name] = why
         else:
-            found[name] = matrix_as_used(name, tensors)
-    return found, unfit
+            found[name] = matrix_as_used(name, tensors, transposed)
+    return found, reasons
 
 
-def matrix_as_used(name: str, tensors: Mapping[str, TensorInfo]) -> Matrix:
-    """Returns a weight as its layer computes it: embeddings and Conv1D layers are transposed."""
+def matrix_as_used(name: str, tensors: Mapping[str, TensorInfo], transposed: bool) -> Matrix:
+    """Returns a weight as its layer computes it: embeddings and Conv1D layers are transposed.
+
+    `transposed` is what `has_conv1d` says of the checkpoint.
+    """
     if is_embedding(name) and len(tensors[name].shape) == 2:
         return Matrix(tensors[name].shape, "in_out")
-    return Matrix(tensors[name].shape, _orientation(name, tensors, _has_conv1d(tensors)))
+    return Matrix(tensors[name].shape, _orientation(name, tensors, transposed))
 
 
 def is_embedding(name: str) -> bool:
@@ -237,10 +240,11 @@ def _orientation(name: str, tensors: Mapping[str, TensorInfo], transposed: bool)
     return "in_out" if transposed and CONV1D.search(name) else "out_in"
 
 
-def _has_conv1d(tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether the layers of `CONV1D` are (in, out): their biases are as long as the second side.
+def has_conv1d(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Returns whether the layers of `CONV1D` are (in, out), as their biases tell.
 
-    One that is not square decides for all of them; the square ones cannot tell.
+    Those are then as long as the second side. One layer that is not square decides for all of
+    them; the square ones cannot tell.
     """
     for name, info in tensors.items():
         bias = tensors.get(f"{name.removesuffix('.weight')}.bias")

@@ -24,7 +24,7 @@ from eckart.checkpoint.tensor_file import NAMES, TensorFiles, TensorLayout
 from eckart.checkpoint.writer import CERTIFICATE
 from eckart.decompose.request import FLOPS, on_threads, threads_for
 from eckart.errors import CheckpointError
-from eckart.families import FLOATING, matrix_as_used
+from eckart.families import FLOATING, has_conv1d, matrix_as_used
 from eckart.formats.adapters import Adapter, Part
 from eckart.linalg.arrays import check_finite
 from eckart.linalg.blocks import row_blocks
@@ -191,9 +191,10 @@ def orders_of(
                 f"{printable(adapter.source.path)} holds another {printable(name)} than "
                 f"{printable(base.path)}, and adds to that one: give the base it was trained on."
             )
+    transposed = has_conv1d(tensors)
     for name, part in adapter.parts.items():
         _check_there(name, base, adapter)
-        orders[name] = Add(name, part, _matrix(name, part, base))
+        orders[name] = Add(name, part, _matrix(name, part, base, transposed))
         if part.bias is not None:
             bias = f"{name.removesuffix('.weight')}.bias"
             _check_there(bias, base, adapter)
@@ -209,11 +210,11 @@ def _check_there(name: str, base: Source, adapter: Adapter) -> None:
         )
 
 
-def _matrix(name: str, part: Part, base: Source) -> Matrix:
+def _matrix(name: str, part: Part, base: Source, transposed: bool) -> Matrix:
     """How the tensor is read; its sides must be those of the product."""
     stored = base.tensors[name]
     fits = stored.dtype in FLOATING and len(stored.shape) in (2, 4)
-    matrix = matrix_as_used(name, base.tensors) if fits else None
+    matrix = matrix_as_used(name, base.tensors, transposed) if fits else None
     if matrix is None or matrix.shape != part.shape:
         raise CheckpointError(
             f"{printable(name)} is {stored.dtype} {[*stored.shape]} in {printable(base.path)}, and "

@@ -7,18 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from eckart.assemble.application import AddBias, Replace, bias_sum, orders_of, sums
-from eckart.assemble.filling import BYTES_PER_SECOND
+from eckart.assemble.application import Add, AddBias, Replace, bias_sum, orders_of, sums
 from eckart.certificate import Certificate, MatrixRecord
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
 from eckart.decompose.request import on_threads
 from eckart.errors import CheckpointError
 from eckart.execute import Task, Workers
-from eckart.families import matrix_as_used
 from eckart.formats.adapters import Adapter, Part
 from eckart.linalg.norms import energy
 from eckart.linalg.residual import rounded_up
+from eckart.matrix import Matrix
 from eckart.verification.against import ROUNDING, digests_of
 from eckart.verification.check import Check
 
@@ -35,9 +34,9 @@ class _Measurer:
     written: Source
     sign: int
 
-    def __call__(self, name: str, part: Part) -> float:
+    def __call__(self, name: str, part: Part, matrix: Matrix) -> float:
         """Returns ‖W' − (W + s·BA)‖/‖s·BA‖ of the tensor as it is stored."""
-        matrix, missed, total = matrix_as_used(name, self.base.tensors), 0.0, 0.0
+        missed = total = 0.0
         with on_threads(matrix.shape, None):
             W, found = matrix.load(self.base, name), matrix.load(self.written, name)
             for rows, exact, added in sums(W, part, self.adapter, self.sign):
@@ -74,8 +73,11 @@ def checks_against_sum(
     orders, layout = orders_of(base, adapter, subtract=sign < 0)
     yield _check_names(written, certificate, adapter, {*layout})
     unit = _Measurer(base, adapter.source, written, sign)
-    seconds = {name: base.tensors[name].nbytes / BYTES_PER_SECOND for name in adapter.parts}
-    tasks = [Task(name, (name, part), seconds[name]) for name, part in adapter.parts.items()]
+    tasks = [
+        Task(name, (name, order.part, order.matrix), order.seconds)
+        for name, order in orders.items()
+        if isinstance(order, Add)
+    ]
     measured = dict(workers.map(unit, tasks, "measuring"))
     for record in certificate.matrices:
         yield _check_sum(record, measured[record.name])
