@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 __version__ = _version("eckart")
 
 _HOME = {
-    "apply": "eckart.api",
+    "apply": "eckart.adaptation",
     "Factors": "eckart.linalg.factors",
     "factorize": "eckart.linalg.factors",
     "pivot": "eckart.linalg.factors",
@@ -37,22 +37,22 @@ _HOME = {
     "Check": "eckart.verification",
     "compress": "eckart.api",
     "densify": "eckart.api",
-    "extract": "eckart.api",
+    "extract": "eckart.adaptation",
     "inspect": "eckart.api",
-    "merge": "eckart.api",
-    "resize": "eckart.api",
+    "merge": "eckart.adaptation",
+    "resize": "eckart.adaptation",
     "verify": "eckart.api",
     "EckartError": "eckart.errors",
 }
 
 if TYPE_CHECKING:
-    from eckart.api import apply as apply
+    from eckart.adaptation import apply as apply
+    from eckart.adaptation import extract as extract
+    from eckart.adaptation import merge as merge
+    from eckart.adaptation import resize as resize
     from eckart.api import compress as compress
     from eckart.api import densify as densify
-    from eckart.api import extract as extract
     from eckart.api import inspect as inspect
-    from eckart.api import merge as merge
-    from eckart.api import resize as resize
     from eckart.api import verify as verify
     from eckart.certificate import Certificate as Certificate
     from eckart.errors import EckartError as EckartError

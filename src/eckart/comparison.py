@@ -77,6 +77,17 @@ class Comparer:
         return Compared(digests, 0.0, digests[0] == digests[1])
 
 
+def comparable(tuned: Source, base: Source) -> dict[str, int]:
+    """Returns the tensors that both have in one shape, and the bytes that comparing them reads."""
+    return {
+        name: info.nbytes + base.tensors[name].nbytes
+        for name, info in tuned.tensors.items()
+        if name in base.tensors
+        and name not in tuned.tied
+        and base.tensors[name].shape == info.shape
+    }
+
+
 @dataclass(frozen=True)
 class Changes:
     """A model against its base: every tensor that both have with equal shapes, compared."""

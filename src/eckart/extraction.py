@@ -17,7 +17,7 @@ from eckart.certificate import Certificate, FactoredEntry
 from eckart.checkpoint.delta import Delta
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
-from eckart.comparison import Changes, Comparer
+from eckart.comparison import Changes, Comparer, comparable
 from eckart.decompose.request import on_threads
 from eckart.decompose.work import Work
 from eckart.errors import InputError, LossError, PromiseError
@@ -57,9 +57,8 @@ def open_pair(tuned: Path, base: Path, *, allow_pickle: bool) -> tuple[Source, S
 def compare_all(tuned: Source, base: Source, workers: Workers) -> Changes:
     """Reads both, tensor by tensor; InputError if nothing differs."""
     tasks = [
-        Task(name, (name,), 4 * info.nbytes / BYTES_PER_SECOND)
-        for name, info in tuned.tensors.items()
-        if name in base.tensors and name not in tuned.tied
+        Task(name, (name,), 2 * size / BYTES_PER_SECOND)
+        for name, size in comparable(tuned, base).items()
     ]
     compared = dict(workers.map(Comparer(tuned, base), tasks, "comparing"))
     changes = Changes(tuned, base, dict(sorted(compared.items())))

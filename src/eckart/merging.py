@@ -89,10 +89,10 @@ def write_merged(
     document = peft.configuration(
         entries,
         base=first.config.get("base_model_name_or_path"),
+        task=first.config.get("task_type"),
         whole=first.whole,
         has_lora_bias=any(name.endswith(".lora_B.bias") for name in layout),
     )
-    document["task_type"] = first.config.get("task_type")
     write_file(job.staged / peft.CONFIG, json.dumps(document, indent=2).encode("ascii") + b"\n")
     for adapter in adapters:
         adapter.source.check_unchanged()

@@ -1,7 +1,7 @@
 """Data on stdout; progress, remarks and errors on stderr."""
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
@@ -29,6 +29,12 @@ def say(text: object) -> None:
     from eckart.checkpoint.paths import printable
 
     log.print(printable(text), markup=False, soft_wrap=True)
+
+
+def say_all(remarks: Sequence[str]) -> None:
+    """Prints sentences to stderr."""
+    for remark in remarks:
+        say(remark)
 
 
 def console() -> Console:

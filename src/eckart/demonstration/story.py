@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import eckart
-from eckart import api
+from eckart import adaptation, api
 from eckart.certificate import Certificate
 from eckart.checkpoint.paths import write_file
 from eckart.checkpoint.writer import copy_file
@@ -167,8 +167,10 @@ def _adapters(folder: Path, base: Path, console: Console, force: bool) -> None:
     table = _table("adapter", "rank", "error of the change", "bytes", "of the model")
     for rank in RANKS:
         out, applied = folder / f"lora-{rank}", folder / f"with-lora-{rank}"
-        certificate = api.extract(tuned, base, out, rank=rank, store_whole=["norms"], force=force)
-        api.apply(out, base, applied, force=force)
+        certificate = adaptation.extract(
+            tuned, base, out, rank=rank, store_whole=["norms"], force=force
+        )
+        adaptation.apply(out, base, applied, force=force)
         checks = [*api.verify(out, tuned, base=base), *api.verify(applied, out, base=base)]
         if failed := [check for check in checks if not check.held]:
             raise PromiseError(f"{out} does not hold its promise: {failed[0].detail}")

@@ -77,6 +77,7 @@ def configuration(
     entries: Mapping[str, FactoredEntry],
     *,
     base: object,
+    task: object = None,
     whole: Collection[str],
     has_lora_bias: bool = False,
 ) -> dict[str, object]:
@@ -95,7 +96,7 @@ def configuration(
     modules = sorted({module_of(name.removesuffix(".bias")) for name in saved})
     return {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": task,
         "base_model_name_or_path": base,
         "r": largest,
         "lora_alpha": largest,

@@ -5,7 +5,7 @@ Knows the format and the certificate; must not know how the adapter was made.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from eckart.checkpoint.documents import canonical_json, read_json
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
 from eckart.checkpoint.tensor_file import TensorLayout
-from eckart.comparison import Changes, Comparer
+from eckart.comparison import Changes, Comparer, comparable
 from eckart.decompose.request import on_threads
 from eckart.errors import CheckpointError, EckartError
 from eckart.execute import Task, Workers
@@ -36,7 +36,7 @@ CLOSE = 1e-9
 def checks_alone(out: Path, written: Source, certificate: Certificate) -> Iterator[Check]:
     """Yields what an adapter's folder tells of itself."""
     yield check_claims(certificate)
-    yield _check_config(out, certificate)
+    yield check_configuration(out, certificate, [row.name for row in certificate.stored_whole])
     factored = entries_of(certificate)
     others = {peft.whole_name(row.name, factored) for row in certificate.stored_whole}
     tensors = check_tensors(written, certificate, others)
@@ -102,11 +102,8 @@ class _Measurer:
 
 def _compare(tuned: Source, base: Source, workers: Workers) -> Changes:
     tasks = [
-        Task(name, (name,), 4 * info.nbytes / BYTES_PER_SECOND)
-        for name, info in tuned.tensors.items()
-        if name in base.tensors
-        and name not in tuned.tied
-        and base.tensors[name].shape == info.shape
+        Task(name, (name,), 2 * size / BYTES_PER_SECOND)
+        for name, size in comparable(tuned, base).items()
     ]
     compared = dict(workers.map(Comparer(tuned, base), tasks, "comparing"))
     return Changes(tuned, base, dict(sorted(compared.items())))
@@ -137,8 +134,10 @@ def _rows(certificate: Certificate) -> list[str]:
     return [*(row.name for row in rows), *certificate.unchanged]
 
 
-def _check_config(out: Path, certificate: Certificate) -> Check:
-    """adapter_config.json says what the certificate says, of whatever base it names."""
+def check_configuration(
+    out: Path, certificate: Certificate, whole: Sequence[str], *, has_lora_bias: bool = False
+) -> Check:
+    """adapter_config.json says what the certificate says, of whatever base and task it names."""
     try:
         stated = read_json(out / peft.CONFIG)
     except CheckpointError as error:
@@ -146,7 +145,9 @@ def _check_config(out: Path, certificate: Certificate) -> Check:
     promised = peft.configuration(
         entries_of(certificate),
         base=stated.get("base_model_name_or_path"),
-        whole=[row.name for row in certificate.stored_whole],
+        task=stated.get("task_type"),
+        whole=whole,
+        has_lora_bias=has_lora_bias,
     )
     same = canonical_json(stated) == canonical_json(promised)
     faults = [] if same else [f"{peft.CONFIG} says something else than the certificate"]

@@ -53,6 +53,12 @@ def check_applied(out: Path, written: Source, certificate: Certificate) -> Itera
     faults += [f"{name} is not accounted for" for name in sorted(written.tensors.keys() - {*names})]
     faults += [f"{name} stands there twice" for name in sorted({*names}) if names.count(name) > 1]
     yield Check.of("tensors", faults, f"{len(written.tensors)} tensors, all accounted for")
+    infos = [*written.tensors.values()]
+    found = sum(i.parameters for i in infos), sum(i.nbytes for i in infos)
+    totals = certificate.totals
+    said = totals.model_parameters[1], totals.tensor_bytes[1]
+    faults = [] if found == said else [f"{found[0]} parameters in {found[1]} bytes"]
+    yield Check.of("output", faults, f"{said[1]:,} bytes of tensors, as counted")
 
 
 def checks_against_sum(

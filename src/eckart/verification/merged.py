@@ -9,7 +9,6 @@ from pathlib import Path
 
 from eckart.assemble.recombination import Sum, bias_of_sum, distance, sums_of
 from eckart.certificate import Certificate, FactoredEntry, MatrixRecord
-from eckart.checkpoint.documents import canonical_json, read_json
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
 from eckart.errors import CheckpointError, PromiseError
@@ -18,6 +17,7 @@ from eckart.formats import peft
 from eckart.formats.adapters import Adapter
 from eckart.verification.adapter import (
     check_claims,
+    check_configuration,
     check_output,
     check_tensors,
     entries_of,
@@ -43,7 +43,7 @@ def checks_alone(out: Path, written: Source, certificate: Certificate) -> Iterat
     yield check_claims(certificate)
     whole = [row.name for row in certificate.copied]
     biases = [name for name in written.tensors if name.endswith(".lora_B.bias")]
-    yield _check_config(out, certificate, whole, has_lora_bias=bool(biases))
+    yield check_configuration(out, certificate, whole, has_lora_bias=bool(biases))
     factored = entries_of(certificate)
     wholes = {peft.whole_name(name, factored) for name in whole}
     tensors = check_tensors(written, certificate, {*wholes, *biases})
@@ -119,22 +119,3 @@ def _check_sum(record: MatrixRecord, found: float, one: Sum) -> Check:
     if record.parameters[0] != one.parameters:
         faults.append("other counts")
     return Check.of(record.name, faults, f"error {found:.3g} of the exact sum")
-
-
-def _check_config(
-    out: Path, certificate: Certificate, whole: Sequence[str], *, has_lora_bias: bool
-) -> Check:
-    try:
-        stated = read_json(out / peft.CONFIG)
-    except CheckpointError as error:
-        return Check.of("config", [str(error)], "")
-    promised = peft.configuration(
-        entries_of(certificate),
-        base=stated.get("base_model_name_or_path"),
-        whole=whole,
-        has_lora_bias=has_lora_bias,
-    )
-    promised["task_type"] = stated.get("task_type")
-    same = canonical_json(stated) == canonical_json(promised)
-    faults = [] if same else [f"{peft.CONFIG} says something else than the certificate"]
-    return Check.of("config", faults, f"{len(certificate.factored)} modules named")
