@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eckart import apply, extract, verify
-from eckart.errors import CheckpointError, InputError
+from eckart.errors import CheckpointError, InputError, LossError
 
 pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -45,6 +45,41 @@ def small_model(kind: str):
                 vocab_size=50, n_positions=64, n_embd=32, n_layer=2, n_head=4
             )
             return transformers.GPT2LMHeadModel(config)
+        case "tied":
+            config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)
+            return transformers.LlamaForCausalLM(config)
+        case "qwen3-moe":
+            config = transformers.Qwen3MoeConfig(
+                **LLAMA, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, head_dim=8
+            )
+            return transformers.Qwen3MoeForCausalLM(config)
+        case "mixtral":
+            return transformers.MixtralForCausalLM(
+                transformers.MixtralConfig(**LLAMA, num_local_experts=4)
+            )
+        case "deepseek":
+            config = transformers.DeepseekV3Config(
+                **{**LLAMA, "num_key_value_heads": 4, "moe_intermediate_size": 24},
+                n_routed_experts=4,
+                n_group=2,
+                topk_group=1,
+                num_experts_per_tok=2,
+                first_k_dense_replace=1,
+                q_lora_rank=16,
+                kv_lora_rank=8,
+                qk_rope_head_dim=4,
+                qk_nope_head_dim=4,
+                v_head_dim=8,
+            )
+            return transformers.DeepseekV3ForCausalLM(config)
+        case "granite":
+            return transformers.GraniteMoeForCausalLM(
+                transformers.GraniteMoeConfig(**LLAMA, num_local_experts=4)
+            )
+        case "gpt-oss":
+            return transformers.GptOssForCausalLM(
+                transformers.GptOssConfig(**LLAMA, num_local_experts=4, head_dim=8)
+            )
     raise AssertionError(kind)
 
 
@@ -56,11 +91,12 @@ def write_pair(kind: str, tmp_path: Path, changed: tuple[str, ...], rank: int = 
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if not any(part in name for part in changed):
+            if not any(part in name for part in changed) or name.endswith("_bias"):
                 continue
-            if parameter.ndim == 2:
-                m, n = parameter.shape
-                B, A = (torch.randn(*s, generator=generator) for s in ((m, rank), (rank, n)))
+            if parameter.ndim in (2, 3):
+                *stack, m, n = parameter.shape
+                sides = (*stack, m, rank), (*stack, rank, n)
+                B, A = (torch.randn(*side, generator=generator) for side in sides)
                 parameter.add_(0.05 * B @ A)
             else:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
@@ -91,6 +127,14 @@ CASES = {
     "llama norms": (("proj", "norm"), {"store_whole": ["norms"]}),
     "qwen2 biases": (("proj",), {"store_whole": ["biases"]}),
     "qwen2 one weight": (("layers.0.mlp.up_proj", "bias"), {"store_whole": ["biases"]}),
+    "tied whole": (("proj", "embed_tokens"), {"store_whole": ["embeddings"]}),
+    "qwen3-moe": (("proj", "gate.weight"), {}),
+    "qwen3-moe one parameter": (("layers.0.mlp.experts.gate_up_proj",), {}),
+    "mixtral": (("proj", "gate.weight", "lm_head"), {}),
+    "mixtral norms": (("down_proj", "norm"), {"store_whole": ["norms"]}),
+    "deepseek": (("proj", "gate.weight"), {}),
+    "granite": (("proj", "router"), {}),
+    "gpt-oss": (("_proj.weight", "experts.gate_up_proj", "experts.down_proj"), {}),
     "gpt2": (("c_attn", "c_proj", "c_fc"), {"store_whole": ["biases"]}),
     "gpt2 norms": (("c_attn", "ln_"), {"store_whole": ["biases", "norms"]}),
 }
@@ -116,6 +160,115 @@ def test_an_extracted_adapter_is_the_tuned_model_in_peft(case, tmp_path, recwarn
     assert not [w for w in recwarn if "missing" in str(w.message).lower()]
     assert all(check.held for check in verify(out, tuned, base=base))
     assert all(check.held for check in verify(tmp_path / "applied", out, base=base))
+
+
+def test_added_tokens_are_refused_by_name_or_stored_whole(tmp_path):
+    """Four rows more than the base: named with the remedy; whole, it loads on a resized base."""
+    model = small_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(54, mean_resizing=False)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.add_(0.1)
+    model.save_pretrained(tmp_path / "tuned")
+    pair = tmp_path / "tuned", tmp_path / "base"
+    with pytest.raises(LossError) as refused:
+        extract(*pair, tmp_path / "adapter", rank=2)
+    extract(*pair, tmp_path / "adapter", rank=2, store_whole=["embeddings"])
+    apply(tmp_path / "adapter", pair[1], tmp_path / "applied")
+    base = dense(pair[1])
+    base.resize_token_embeddings(54, mean_resizing=False)
+    from peft import PeftModel
+
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    expected = dense(pair[0])(IDS + 4).logits
+
+    notes = " ".join(refused.value.__notes__)
+    assert "model.embed_tokens.weight: has rows that the base has not" in notes
+    assert "lm_head.weight: has rows that the base has not" in notes
+    assert torch.allclose(loaded(IDS + 4).logits, expected, atol=1e-5)
+    assert torch.allclose(dense(tmp_path / "applied")(IDS + 4).logits, expected, atol=1e-5)
+    assert dense(tmp_path / "applied").config.vocab_size == 54
+    assert all(c.held for c in verify(tmp_path / "adapter", pair[0], base=pair[1]))
+    assert all(c.held for c in verify(tmp_path / "applied", tmp_path / "adapter", base=pair[1]))
+
+
+@pytest.mark.parametrize("old", ["tuned", "base", "both"])
+def test_a_vision_language_pair_of_two_generations_of_names_loads_in_peft(old, tmp_path):
+    """`language_model.model.…` of once and `model.language_model.…` of now are the same tensors."""
+    t = transformers
+    vision = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = t.LlavaForConditionalGeneration(
+        t.LlavaConfig(
+            vision_config=t.CLIPVisionConfig(hidden_size=32, intermediate_size=48, **vision),
+            text_config=t.LlamaConfig(**LLAMA, tie_word_embeddings=False),
+            image_token_index=49,
+        )
+    )
+    folders = {}
+    for name in ("base", "tuned"):
+        if name == "tuned":
+            with torch.no_grad():
+                for module in (
+                    model.model.language_model.layers[0].self_attn.q_proj,
+                    model.lm_head,
+                ):
+                    module.weight.add_(0.1 * torch.randn(len(module.weight), 1))
+        model.save_pretrained(tmp_path / name)
+        folders[name] = tmp_path / name
+        if old in (name, "both"):
+            weights = load_file(tmp_path / name / "model.safetensors")
+            save_file(
+                {_as_once(X): W for X, W in weights.items()}, tmp_path / name / "model.safetensors"
+            )
+    certificate = extract(folders["tuned"], folders["base"], tmp_path / "out", rank=1)
+    apply(tmp_path / "out", folders["base"], tmp_path / "applied")
+    from peft import PeftModel
+
+    def load(folder):
+        return t.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+    ids = IDS % 40
+    with torch.no_grad():
+        expected = load(folders["tuned"])(ids).logits
+        beside = PeftModel.from_pretrained(load(folders["base"]), tmp_path / "out")(ids).logits
+        applied = load(tmp_path / "applied")(ids).logits
+
+    assert len(certificate.matrices) == 2
+    assert torch.allclose(beside, expected, atol=1e-5)
+    assert torch.allclose(applied, expected, atol=1e-5)
+    assert all(c.held for c in verify(tmp_path / "out", folders["tuned"], base=folders["base"]))
+
+
+def _as_once(name: str) -> str:
+    name = name.replace("model.language_model.", "language_model.model.", 1)
+    name = name.replace("model.vision_tower.", "vision_tower.vision_model.", 1)
+    name = name.replace("model.multi_modal_projector.", "multi_modal_projector.", 1)
+    return f"language_model.{name}" if name.startswith("lm_head.") else name
+
+
+def test_a_model_in_8_bit_floats_is_dequantized(tmp_path):
+    """Blocks and scales, as DeepSeek stores them: the adapter is that of the dequantized pair."""
+    tuned, base = write_pair("llama", tmp_path, ("proj",))
+    for folder in (tuned, base):
+        weights = load_file(folder / "model.safetensors")
+        for name in [name for name in weights if "proj" in name]:
+            W = weights[name]
+            scale = W.abs().max() / 400
+            weights[name] = (W / scale).to(torch.float8_e4m3fn)
+            weights[f"{name}_scale_inv"] = scale.reshape(1, 1)
+        save_file(weights, folder / "model.safetensors")
+    certificate = extract(tuned, base, tmp_path / "out", energy=0.9)
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="stored in 8-bit floats, whose rounding"):
+        extract(tuned, base, tmp_path / "auto", rank="auto")
+    with pytest.raises(CheckpointError, match="8-bit floats"):
+        apply(tmp_path / "out", base, tmp_path / "applied")
+
+    assert {W.dtype for W in written.values()} == {torch.bfloat16}
+    assert len(certificate.matrices) == 14
+    assert all(row.relative_error < 0.32 for row in certificate.matrices)
+    assert all(check.held for check in verify(tmp_path / "out", tuned, base=base))
 
 
 def test_true_ranks_and_patterns_are_read_by_peft(tmp_path):

@@ -19,7 +19,17 @@ ACCEPTED_SHARE = 1e-3
 CHOSEN = ("excluded by --exclude", "not among --include")
 """Reasons that are the user's own word."""
 
-TIED = "tied to the output head, which PEFT would leave as it was"
+TIED = (
+    "tied to the output head: add --store-whole embeddings (a LoRA of it loads in PEFT, but is "
+    "added twice when it is merged)"
+)
+
+UNTIED = "tied to the output head, which PEFT would leave as it was"
+
+GROWN = (
+    "has rows that the base has not: add --store-whole embeddings, and load it on a base whose "
+    "embeddings were resized"
+)
 
 SHOWN = 40
 
@@ -56,16 +66,28 @@ def fates_of(
     exclude: Sequence[str] = (),
 ) -> Fates:
     """Returns what an adapter for PEFT can do about every tensor that differs."""
-    tied = [name for name in changes.changed if is_tied_to_head(name, changes.tuned)]
-    rest = [name for name in changes.changed if name not in tied]
-    found, reasons = adaptable(changes.tuned, rest, include=include, exclude=exclude)
-    whole = [
-        name for name in rest if _is_whole(name, store_whole) and reasons.get(name) not in CHOSEN
+    tied = [
+        name
+        for name in changes.changed
+        if is_tied_to_head(name, changes.tuned) and not _is_whole(name, store_whole, TIED)
     ]
-    found = {name: matrix for name, matrix in found.items() if name not in whole}
+    rest, grown = [name for name in changes.changed if name not in tied], changes.grown
+    found, reasons = adaptable(
+        changes.tuned, [*rest, *changes.added], include=include, exclude=exclude
+    )
+    reasons |= {name: GROWN for name in grown if reasons.get(name) not in CHOSEN}
+    whole = [
+        name
+        for name in rest
+        if _is_whole(name, store_whole, reasons.get(name)) and reasons.get(name) not in CHOSEN
+    ]
     lost = {name: _remedy(name, why) for name, why in reasons.items() if name not in whole}
-    lost |= dict.fromkeys(changes.added, "not in the base: no adapter adds a tensor")
-    lost |= dict.fromkeys(tied, TIED)
+    new = [name for name in changes.added if lost.get(name) not in CHOSEN]
+    lost |= dict.fromkeys(new, "not in the base: no adapter adds a tensor")
+    found = {
+        name: matrix for name, matrix in found.items() if name not in whole and name not in lost
+    }
+    lost |= {name: TIED if _is_peft_tied(name) else UNTIED for name in tied}
     odd = [name for name in found if changes.base.tensors[name].dtype not in FLOATING]
     lost |= {name: f"dtype {changes.base.tensors[name].dtype} in the base" for name in odd}
     return Fates({name: found[name] for name in found if name not in odd}, whole, lost)
@@ -96,7 +118,16 @@ def lost_share(changes: Changes, lost: dict[str, str]) -> float:
     return sum(energies[name] for name in lost) / (changes.energy or 1.0)
 
 
-def _is_whole(name: str, kinds: Sequence[str]) -> bool:
+def _is_peft_tied(name: str) -> bool:
+    """PEFT gives the output head what it gives an embedding of this name, and of no other."""
+    return name.endswith("embed_tokens.weight")
+
+
+def _is_whole(name: str, kinds: Sequence[str], why: str | None) -> bool:
+    if why == GROWN:
+        return "embeddings" in kinds
+    if why == TIED and not _is_peft_tied(name):
+        return False
     if is_norm(name):
         return "norms" in kinds
     if name.endswith(".bias"):
@@ -105,7 +136,7 @@ def _is_whole(name: str, kinds: Sequence[str]) -> bool:
 
 
 def _remedy(name: str, why: str) -> str:
-    if why in CHOSEN:
+    if why in (*CHOSEN, GROWN):
         return why
     if is_norm(name):
         return "a norm: add --store-whole norms"

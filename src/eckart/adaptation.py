@@ -5,7 +5,7 @@ from pathlib import Path
 
 from eckart.accounting import check_kinds, fates_of
 from eckart.allocate import AutoRank
-from eckart.application import check_base, write_applied
+from eckart.application import check_base, vocabulary_of, write_applied
 from eckart.assemble.application import orders_of
 from eckart.assemble.job import Job
 from eckart.assemble.recombination import sums_of
@@ -179,6 +179,7 @@ def apply(
     parts, inputs = open_adapter(folder), [origin.path, folder]
     check_output(target, inputs=inputs, force=force)
     orders, layout = orders_of(origin, parts, subtract=subtract)
+    vocabulary_of(orders, layout, origin)
     check_space(target, sum(place.nbytes for place in layout.values()), "the output")
     count = workers_for([one.shape for one in parts.parts.values()], workers, threads)
     options: Options = {

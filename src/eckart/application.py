@@ -6,15 +6,16 @@ Knows the order of things; what is computed of each tensor is in `assemble.appli
 from collections.abc import Mapping
 from pathlib import Path
 
-from eckart.assemble.application import Applier, Order, certify_applied
+from eckart.assemble.application import Applier, Order, Replace, certify_applied
 from eckart.assemble.job import Job
 from eckart.assemble.sidecars import write_sidecars
 from eckart.certificate import Certificate, read_certificate
+from eckart.checkpoint.documents import read_json
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
 from eckart.checkpoint.tensor_file import TensorLayout, lay_out_checkpoint
 from eckart.checkpoint.writer import CERTIFICATE
-from eckart.errors import InputError
+from eckart.errors import CheckpointError, InputError
 from eckart.execute import Task, Workers
 from eckart.formats.adapters import Adapter
 
@@ -33,10 +34,35 @@ def write_applied(
     tasks = [Task(name, (order,), order.seconds) for name, order in orders.items()]
     filled = [one for _, one in workers.map(unit, tasks, "writing")]
     files.sync()
-    write_sidecars(job, {})
+    write_sidecars(job, vocabulary_of(orders, layout, job.source))
     for source in (job.source, adapter.source):
         source.check_unchanged()
     return certify_applied(job, adapter, orders, filled)
+
+
+def vocabulary_of(
+    orders: Mapping[str, Order], layout: Mapping[str, TensorLayout], base: Source
+) -> dict[str, object]:
+    """Returns what config.json is to say of the vocabulary, where the adapter's tables have more
+    rows than the base's; CheckpointError where it does not say how many there were."""
+    grown = [
+        name
+        for name, order in orders.items()
+        if isinstance(order, Replace) and layout[name].shape != base.tensors[name].shape
+    ]
+    if not grown or base.folder is None or not (path := base.folder / "config.json").exists():
+        return {}
+    before, after = base.tensors[grown[0]].shape[0], layout[grown[0]].shape[0]
+    config = read_json(path)
+    if config.get("vocab_size") == before:
+        return {"vocab_size": after}
+    text = config.get("text_config")
+    if isinstance(text, dict) and text.get("vocab_size") == before:
+        return {"text_config": {**text, "vocab_size": after}}
+    raise CheckpointError(
+        f"{printable(path)} does not say vocab_size {before}, the rows of {printable(grown[0])}, "
+        f"which the adapter replaces by {after}: correct it first."
+    )
 
 
 def check_base(adapter: Path, fingerprint: str, base: Source) -> None:

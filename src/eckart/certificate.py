@@ -101,13 +101,16 @@ class Change(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
     relative_error: float  # ‖(tuned − base) − carried‖_F / ‖tuned − base‖_F
 
 
-class FactoredEntry(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class FactoredEntry(
+    Document, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
     """What a loader must know of a factored matrix; also in config.json."""
 
     rank: int
     form: FactorForm
     shape: Sides
     orientation: Orientation
+    module: str | None = None  # an adapter's, where it targets a parameter: it is stored there
 
 
 class Totals(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):

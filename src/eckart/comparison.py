@@ -17,7 +17,7 @@ from eckart.checkpoint.header import DTYPES
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source, bytes_of
 from eckart.errors import NonFiniteError
-from eckart.families import FLOATING
+from eckart.families import FLOATING, has_grown
 from eckart.linalg.norms import energy
 
 PIECE_ENTRIES = 2**22
@@ -49,8 +49,8 @@ class Comparer:
             return self._by_digest(name)
         ours_seen, theirs_seen = hashlib.sha256(), None
         missed, equal = 0.0, True
-        for start in range(0, ours.parameters, PIECE_ENTRIES):
-            stop = min(start + PIECE_ENTRIES, ours.parameters)
+        for start in range(0, theirs.parameters, PIECE_ENTRIES):
+            stop = min(start + PIECE_ENTRIES, theirs.parameters)
             W, W0 = (s.entries(name, start, stop) for s in (self.tuned, self.base))
             same = W.dtype == W0.dtype and bytes_of(W) == bytes_of(W0)
             if theirs_seen is None and not same:
@@ -61,6 +61,12 @@ class Comparer:
             if not same:
                 equal = equal and torch.equal(W, W0)
                 missed += _energy_between(W, W0) if W.is_floating_point() else 0.0
+        for start in range(theirs.parameters, ours.parameters, PIECE_ENTRIES):  # rows of its own
+            W = self.tuned.entries(name, start, min(start + PIECE_ENTRIES, ours.parameters))
+            theirs_seen = theirs_seen or ours_seen.copy()
+            ours_seen.update(bytes_of(W))
+            equal = False
+            missed += energy(W) if W.is_floating_point() else 0.0
         if not math.isfinite(missed) and {ours.dtype, theirs.dtype} <= {*FLOATING}:
             raise NonFiniteError(
                 f"{printable(name)} has a NaN or Inf in {printable(self.tuned.path)} or in "
@@ -77,6 +83,17 @@ class Comparer:
         return Compared(digests, 0.0, digests[0] == digests[1])
 
 
+@dataclass(frozen=True, slots=True)
+class Digester:
+    """Hashes one tensor."""
+
+    source: Source
+
+    def __call__(self, name: str) -> str:
+        """Returns the SHA-256 of its bytes."""
+        return self.source.digest(name)
+
+
 def comparable(tuned: Source, base: Source) -> dict[str, int]:
     """Returns the tensors that both have in one shape, and the bytes that comparing them reads."""
     return {
@@ -84,7 +101,10 @@ def comparable(tuned: Source, base: Source) -> dict[str, int]:
         for name, info in tuned.tensors.items()
         if name in base.tensors
         and name not in tuned.tied
-        and base.tensors[name].shape == info.shape
+        and (
+            base.tensors[name].shape == info.shape
+            or has_grown(name, info.shape, base.tensors[name].shape)
+        )
     }
 
 
@@ -95,6 +115,7 @@ class Changes:
     tuned: Source
     base: Source
     compared: Mapping[str, Compared]
+    stored: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {})  # digests that it does not tell
 
     @cached_property
     def changed(self) -> dict[str, float]:
@@ -116,16 +137,27 @@ class Changes:
         }
 
     @property
+    def grown(self) -> list[str]:
+        """The changed tensors that have rows which the base has not."""
+        return [
+            name
+            for name in self.compared
+            if self.tuned.tensors[name].shape != self.base.tensors[name].shape
+        ]
+
+    @property
     def energy(self) -> float:
         """Of all that the tuned model has and the base has not."""
         return math.fsum([*self.changed.values(), *self.added.values()])
 
     def delta(self) -> Delta:
         """Returns the floating tensors that differ, as a source."""
+        grown = self.grown
         names = {
             name: hashlib.sha256("".join(one.digests).encode()).hexdigest()
             for name, one in self.compared.items()
             if not one.equal
+            and name not in grown
             and {s.tensors[name].dtype for s in (self.tuned, self.base)} <= {*FLOATING}
         }
         return delta_of(self.tuned, self.base, names)
@@ -135,7 +167,11 @@ class Changes:
         ours, theirs = (
             {name: one.digests[side] for name, one in self.compared.items()} for side in (0, 1)
         )
-        return self.tuned.fingerprint(ours), self.base.fingerprint(theirs)
+        sides = (self.tuned, ours, self.stored[0]), (self.base, theirs, self.stored[1])
+        tuned, base = (
+            source.origin.fingerprint({**source.told(seen), **rest}) for source, seen, rest in sides
+        )
+        return tuned, base
 
 
 def _energy_between(W: Tensor, W0: Tensor) -> float:

@@ -3,21 +3,21 @@
 Knows the order of things; the stages between are those of a compression, over a difference.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eckart.accounting import Fates, check_losses
 from eckart.allocate import BELOW_FLOOR, Choice, RankPolicy, Terms, paying_rank
+from eckart.arrangement import is_dequantized
 from eckart.assemble.adapters import adapter_assembly, certify_adapter
-from eckart.assemble.filling import BYTES_PER_SECOND
 from eckart.assemble.job import Job
 from eckart.assemble.measurement import item_of
 from eckart.certificate import Certificate, FactoredEntry
 from eckart.checkpoint.delta import Delta
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
-from eckart.comparison import Changes, Comparer, comparable
+from eckart.comparison import Changes
 from eckart.decompose.request import on_threads
 from eckart.decompose.work import Work
 from eckart.errors import InputError, LossError, PromiseError
@@ -26,42 +26,19 @@ from eckart.inspection import Inspector
 from eckart.linalg.matrices import named_generator
 from eckart.linalg.rounding import SignalRank, signal_rank
 from eckart.matrix import Matrix
+from eckart.pairing import alike, compare
 from eckart.planning import Targets, open_dense
-
-SHARED_SHARE = 0.5
-"""Of the tuned model's parameters: with less in common, the base is another model's."""
 
 
 def open_pair(tuned: Path, base: Path, *, allow_pickle: bool) -> tuple[Source, Source]:
     """Returns a model and its base; InputError where headers show that they are not a pair."""
-    ours = open_dense(tuned, allow_pickle=allow_pickle)
-    theirs = open_dense(base, allow_pickle=allow_pickle)
-    shared = [name for name in ours.tensors if name in theirs.tensors]
-    common = sum(ours.tensors[name].parameters for name in shared)
-    total = sum(info.parameters for info in ours.tensors.values())
-    if common < SHARED_SHARE * total:
-        raise InputError(
-            f"{printable(base)} is not the base of {printable(tuned)}: they have "
-            f"{common / total:.1%} of its parameters in common, by the tensors' names."
-        )
-    for name in shared:
-        mine, its = ours.tensors[name].shape, theirs.tensors[name].shape
-        if mine != its:
-            raise InputError(
-                f"{printable(name)} is {_shape(mine)} in {printable(tuned)} and {_shape(its)} in "
-                f"{printable(base)}: a change needs equal shapes. Give the base it was tuned from."
-            )
-    return ours, theirs
+    ours, theirs = (open_dense(path, allow_pickle=allow_pickle) for path in (tuned, base))
+    return alike(ours, theirs)
 
 
 def compare_all(tuned: Source, base: Source, workers: Workers) -> Changes:
     """Reads both, tensor by tensor; InputError if nothing differs."""
-    tasks = [
-        Task(name, (name,), 2 * size / BYTES_PER_SECOND)
-        for name, size in comparable(tuned, base).items()
-    ]
-    compared = dict(workers.map(Comparer(tuned, base), tasks, "comparing"))
-    changes = Changes(tuned, base, dict(sorted(compared.items())))
+    changes = compare(tuned, base, workers)
     if not changes.changed and not changes.added:
         raise InputError(
             f"there is nothing to extract: {printable(tuned.path)} and {printable(base.path)} hold "
@@ -82,7 +59,10 @@ def adapter_targets(
 ) -> Targets:
     """Returns the matrices that differ, as a policy sees them; factors in the tuned dtype."""
     tuned = changes.tuned.tensors
-    dtypes = {name: dtype or tuned[name].dtype for name in fates.matrices}
+    dtypes = {
+        name: dtype or (HALF if is_dequantized(name, changes.tuned) else tuned[name].dtype)
+        for name in fates.matrices
+    }
     items = {
         name: item_of(tuned[name], matrix, dtypes[name]) for name, matrix in fates.matrices.items()
     }
@@ -101,6 +81,10 @@ def warn_of_losses(changes: Changes, fates: Fates, watch: Progress) -> None:
         watch.note(f"{error} The matrices are decomposed meanwhile, and kept.")
 
 
+HALF = "BF16"
+"""Of the factors, where the tuned model is stored in 8-bit floats."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ranker:
     """Finds the rank above rounding of what was added to one matrix."""
@@ -110,17 +94,29 @@ class Ranker:
     seed: int
 
     def __call__(self, name: str, matrix: Matrix) -> SignalRank:
-        """Reads both; see `eckart.signal_rank` for cost and memory."""
-        W, W0 = (matrix.load(source, name) for source in (self.tuned, self.base))
-        generator = named_generator(self.seed, name)
-        with on_threads(matrix.shape, None):
-            return signal_rank(W, W0, generator=generator, name=name)
+        """Reads both; see `eckart.signal_rank` for cost and memory. Of a stack, the largest rank
+        counts, and each of its matrices may have some below the floor."""
+        found: list[SignalRank] = []
+        for index in range(matrix.count):
+            label = f"{name}[{index}]" if matrix.is_stack else name
+            W, W0 = (matrix.load(source, name, index) for source in (self.tuned, self.base))
+            generator = named_generator(self.seed, label)
+            with on_threads(matrix.shape, None):
+                found.append(signal_rank(W, W0, generator=generator, name=label))
+        largest = max(found, key=lambda one: one.rank)
+        return replace(largest, below_floor=any(one.below_floor for one in found))
 
 
 def signal_ranks(
     changes: Changes, fates: Fates, seed: int, workers: Workers
 ) -> dict[str, SignalRank]:
     """Returns the rank above rounding of what was added to each matrix."""
+    for name in fates.matrices:
+        if is_dequantized(name, changes.tuned):
+            raise InputError(
+                f"{printable(name)} is stored in 8-bit floats, whose rounding --rank auto does not "
+                "know: choose --rank R, --energy or --error."
+            )
     sight = Inspector(changes.tuned, changes.base, seed, full=False)
     tasks = [
         Task(name, (name, matrix), sight.seconds(matrix)) for name, matrix in fates.matrices.items()
@@ -205,6 +201,13 @@ def remarks_of(changes: Changes, fates: Fates, entries: Mapping[str, FactoredEnt
             f"{len(large)} of the matrices take more parameters as factors than as they are: what "
             "was added to them is not of low rank. Choose a smaller rank, or keep the tuned model."
         )
+    grown = [name for name in fates.whole if name in changes.grown]
+    if grown:
+        rows = changes.tuned.tensors[grown[0]].shape[0]
+        remarks.append(
+            f"{len(grown)} tables have more rows than the base's: before the adapter is loaded, "
+            f"call resize_token_embeddings({rows}) on the base."
+        )
     if any(name.endswith(".bias") for name in fates.whole):
         remarks.append(
             "PEFT loads whole biases into the base itself: disabling the adapter does not bring "
@@ -239,7 +242,3 @@ def _check_promise(choices: Mapping[str, Choice], targets: Targets) -> None:
                 f"{targets.policy.name} asked: rounded to {targets.dtypes[name]}, no rank is near "
                 "enough. Add --dtype float32, or allow more."
             )
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "×".join(map(str, shape)) or "a scalar"

@@ -33,6 +33,9 @@ EXPERT = re.compile(r"(^|\.)(experts\.|(block_sparse_moe|mlp)\.(in|out)put_linea
 """Experts, each a tensor of its own or fused into a 3-D one (Llama 4, gpt-oss, Qwen3-VL-MoE;
 Granite and JetMoE)."""
 
+STACK = re.compile(r"(^|\.)experts\.(gate_up_proj|up_proj|down_proj)$")
+"""Experts as transformers holds them: a 3-D parameter of a module called `experts`."""
+
 ROUTER = re.compile(r"(^|\.)(gate|router)\.weight$")
 
 LOOKED_UP = re.compile(
@@ -43,6 +46,8 @@ LOOKED_UP = re.compile(
 
 TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|shared)\.weight$")
 """Embeddings of tokens, to which an output head may be tied."""
+
+VOCABULARY_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection)\.(weight|bias)$")
 
 PAIRS = {"gate_up_proj": "down_proj", "input_linear": "output_linear"}
 """The fused layer that widens, and the one behind it: their shapes tell the order of the sides."""
@@ -127,6 +132,29 @@ def is_embedding(name: str) -> bool:
     return LOOKED_UP.search(name) is not None
 
 
+def is_vocabulary(name: str) -> bool:
+    """Returns whether a tensor has a row for each token: an embedding of tokens, or an output head.
+
+    >>> is_vocabulary("model.embed_tokens.weight"), is_vocabulary("lm_head.bias")
+    (True, True)
+    """
+    return TABLE.search(name) is not None or VOCABULARY_HEAD.search(name) is not None
+
+
+def has_grown(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
+    """Returns whether a tensor with a row for each token has rows that the base's has not.
+
+    >>> has_grown("lm_head.weight", (204, 64), (200, 64))
+    True
+    """
+    return (
+        is_vocabulary(name)
+        and len(ours) == len(theirs) > 0
+        and ours[1:] == theirs[1:]
+        and ours[0] > theirs[0]
+    )
+
+
 def is_tied_to_head(name: str, source: Source) -> bool:
     """Returns whether a tensor is the embedding that the model's output head is tied to.
 
@@ -143,6 +171,15 @@ def is_tied_to_head(name: str, source: Source) -> bool:
         str(one).endswith(GENERATING) for one in architectures
     )
     return heads and config.get("tie_word_embeddings") is not False
+
+
+def is_stack_of_experts(name: str) -> bool:
+    """Returns whether a tensor is a parameter that holds a layer of every expert of a mixture.
+
+    >>> is_stack_of_experts("model.layers.0.mlp.experts.gate_up_proj")
+    True
+    """
+    return STACK.search(name) is not None
 
 
 def is_norm(name: str) -> bool:
@@ -195,10 +232,10 @@ def _unadaptable(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
     info, module = tensors[name], name.removesuffix(".weight")
     if why := _unfit(name, info):
         return why
+    if is_stack_of_experts(name) and len(info.shape) == 3:
+        return None
     if is_routed_expert(name) or len(info.shape) == 3:
-        return "routed experts, which loaders fuse into one parameter"
-    if ROUTER.search(name):
-        return "a router, which is no linear layer where it is loaded"
+        return "routed experts, in a form that loaders do not make one parameter of"
     if f"{module.removesuffix('.out_proj')}.in_proj_weight" in tensors:
         return "part of torch's own attention, which computes with it and calls no layer"
     linear = f"{module}.bias" in tensors or HEAD.search(module) or len(info.shape) == 4

@@ -9,7 +9,14 @@ from collections.abc import Mapping, Sequence
 from eckart.allocate import Choice, RankPolicy, Terms
 from eckart.allocate.policies import Keep
 from eckart.assemble.job import Job
-from eckart.assemble.recombination import Recombiner, SpectrumOf, Sum, certify_merged, layout_of
+from eckart.assemble.recombination import (
+    Recombiner,
+    SpectrumOf,
+    Sum,
+    certify_merged,
+    entries_of,
+    layout_of,
+)
 from eckart.certificate import Certificate
 from eckart.checkpoint.paths import printable, write_file
 from eckart.checkpoint.tensor_file import lay_out_file
@@ -83,15 +90,13 @@ def write_merged(
     tasks = [Task(name, (order,), order.seconds) for name, order in orders.items()]
     filled = [one for _, one in workers.map(unit, tasks, "writing")]
     files.sync()
-    entries = {
-        name: sums[name].entry(choice.rank) for name, choice in choices.items() if choice.rank
-    }
     document = peft.configuration(
-        entries,
+        entries_of(sums, {name: choice.rank for name, choice in choices.items()}),
         base=first.config.get("base_model_name_or_path"),
         task=first.config.get("task_type"),
         whole=first.whole,
         has_lora_bias=any(name.endswith(".lora_B.bias") for name in layout),
+        is_tied=first.config.get("ensure_weight_tying") is True,
     )
     write_file(job.staged / peft.CONFIG, json.dumps(document, indent=2).encode("ascii") + b"\n")
     for adapter in adapters:

@@ -29,6 +29,7 @@ from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout, lay_out_fil
 from eckart.checkpoint.writer import CERTIFICATE
 from eckart.comparison import Changes
 from eckart.decompose import Decomposition
+from eckart.families import is_routed_expert, is_tied_to_head
 from eckart.formats import peft
 from eckart.matrix import Matrix
 
@@ -44,6 +45,7 @@ class AdapterAssembly:
     whole: Sequence[str]
     layout: Mapping[str, TensorLayout]
     orders: Mapping[str, Order]
+    is_tied: bool  # a whole embedding stands for the output head too
 
     def begin(self, job: Job) -> tuple[Filler, TensorFiles]:
         """Lays the file out in the staged folder; returns the unit that fills it, and the file."""
@@ -59,6 +61,7 @@ class AdapterAssembly:
             self.entries,
             base=str(self.delta.base.path),
             whole=self.whole,
+            is_tied=self.is_tied,
         )
         text = json.dumps(document, indent=2).encode("ascii")
         write_file(job.staged / peft.CONFIG, text + b"\n")
@@ -74,10 +77,14 @@ def adapter_assembly(
     whole: Sequence[str] = (),
 ) -> AdapterAssembly:
     """Returns the plan of an adapter in PEFT's format; rank 0 leaves a module out."""
+    ranks = {name: choice.rank for name, choice in sorted(choices.items()) if choice.rank}
+    is_mixture = any(is_routed_expert(name) for name in delta.tuned.tensors)
     entries = {
-        name: entry_of(matrices[name], choice.rank)
-        for name, choice in sorted(choices.items())
-        if choice.rank
+        name: msgspec.structs.replace(
+            entry_of(matrices[name], rank),
+            module=peft.module_for(name, ranks, is_mixture=is_mixture),
+        )
+        for name, rank in ranks.items()
     }
     layout: dict[str, TensorLayout] = {}
     orders: dict[str, Order] = {}
@@ -88,7 +95,11 @@ def adapter_assembly(
         info, stored = delta.tuned.tensors[name], peft.whole_name(name, entries)
         layout[stored] = TensorLayout(info.dtype, info.shape, info.nbytes)
         orders[name] = Copy(name, stored, info.nbytes)
-    return AdapterAssembly(delta, entries, whole, layout, orders)
+    tied = [name for name in whole if is_tied_to_head(name, delta.tuned)]
+    for name in tied:
+        layout[peft.TIED_HEAD] = layout[peft.whole_name(name, entries)]
+        orders[peft.TIED_HEAD] = Copy(name, peft.TIED_HEAD, delta.tuned.tensors[name].nbytes)
+    return AdapterAssembly(delta, entries, whole, layout, orders, bool(tied))
 
 
 def certify_adapter(

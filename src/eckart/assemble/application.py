@@ -15,16 +15,18 @@ from torch import Tensor
 from eckart.assemble.certification import file_records, run_of, versions
 from eckart.assemble.filling import BYTES_PER_SECOND, Copy, Filled
 from eckart.assemble.job import Job
+from eckart.assemble.placement import placed
 from eckart.certificate import Certificate, MatrixRecord, Row, SourceRecord, TiedRow, Totals
 from eckart.checkpoint.header import TensorInfo
 from eckart.checkpoint.opening import open_checkpoint
 from eckart.checkpoint.paths import printable, write_file
+from eckart.checkpoint.quantized import EIGHT_BITS
 from eckart.checkpoint.source import Source, bytes_of
-from eckart.checkpoint.tensor_file import NAMES, TensorFiles, TensorLayout
+from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout
 from eckart.checkpoint.writer import CERTIFICATE
 from eckart.decompose.request import FLOPS, on_threads, threads_for
 from eckart.errors import CheckpointError
-from eckart.families import FLOATING, has_conv1d, matrix_as_used
+from eckart.families import FLOATING, has_conv1d, has_grown, is_tied_to_head, matrix_as_used
 from eckart.formats.adapters import Adapter, Part
 from eckart.linalg.arrays import check_finite
 from eckart.linalg.blocks import row_blocks
@@ -46,7 +48,7 @@ class Add:
         """About how long it takes."""
         m, n = self.matrix.shape
         products = 2 * m * n * self.part.rank / (FLOPS * threads_for(self.matrix.shape))
-        return products + 16 * m * n / BYTES_PER_SECOND
+        return self.matrix.count * (products + 16 * m * n / BYTES_PER_SECOND)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,17 +125,20 @@ class Applier:
         return Filled(order.name, hashlib.sha256(bytes_of(bias)).hexdigest())
 
     def _add(self, order: Add) -> Filled:
-        stored = self.base.load(order.name)
-        digest = hashlib.sha256(bytes_of(stored)).hexdigest()
-        W = order.matrix.read(stored)
-        missed = total = 0.0
-        for rows, exact, added in sums(W, order.part, self.adapter, self.sign):
-            W[rows] = exact.to(W.dtype)  # in place: every row is read before it is written
-            missed += energy(W[rows].to(exact.dtype) - exact)
-            total += energy(added)
-        check_finite(stored, f"the sum of {order.name} and the adapter's product")
-        self.files.write(order.name, stored)
-        return Filled(order.name, digest, _record(order, stored, rounded_up(missed, total)))
+        seen, missed, total = hashlib.sha256(), 0.0, 0.0
+        for index in range(order.matrix.count):
+            stop = index + 1 if order.matrix.is_stack else None
+            stored = self.base.load(order.name, index, stop)
+            seen.update(bytes_of(stored))
+            W = order.matrix.read(stored)
+            for rows, exact, added in sums(W, order.part.one(index), self.adapter, self.sign):
+                W[rows] = exact.to(W.dtype)  # in place: every row is read before it is written
+                missed += energy(W[rows].to(exact.dtype) - exact)
+                total += energy(added)
+            check_finite(stored, f"the sum of {order.name} and the adapter's product")
+            self.files.write(order.name, stored, index * stored.numel() * stored.itemsize)
+        info = self.base.tensors[order.name]
+        return Filled(order.name, seen.hexdigest(), _record(order, info, rounded_up(missed, total)))
 
 
 def bias_sum(bias: Tensor, part: Part, adapter: Source, sign: int) -> Tensor:
@@ -163,12 +168,14 @@ def orders_of(
     adapter is for another model."""
     orders: dict[str, Order] = {}
     layout: dict[str, TensorLayout] = {}
-    tensors = base.tensors
+    tensors, adapter = base.tensors, placed(adapter, base)
     for name, info in tensors.items():
         if name not in base.tied:
             orders[name] = Copy(name, name, info.nbytes)
             layout[name] = TensorLayout(info.dtype, info.shape, info.nbytes)
     for name, stored in adapter.whole.items():
+        if _is_tied_head(name, base, adapter):
+            continue
         _check_there(name, base, adapter)
         info = adapter.source.tensors[stored]
         if subtract:
@@ -176,7 +183,8 @@ def orders_of(
                 f"{printable(adapter.source.path)} replaces {printable(name)}, and what stood "
                 "there before it does not say: it cannot be taken out."
             )
-        if info.dtype not in FLOATING or info.shape != tensors[name].shape:
+        fits = info.shape == tensors[name].shape or has_grown(name, info.shape, tensors[name].shape)
+        if info.dtype not in FLOATING or not fits:
             raise CheckpointError(
                 f"{printable(name)} is {info.dtype} {[*info.shape]} in "
                 f"{printable(adapter.source.path)} and {tensors[name].dtype} "
@@ -202,6 +210,18 @@ def orders_of(
     return orders, layout
 
 
+def _is_tied_head(name: str, base: Source, adapter: Adapter) -> bool:
+    """Whether a whole output head is the embedding once more, and the base has them as one."""
+    tables = [other for other in adapter.whole if other.endswith("embed_tokens.weight")]
+    return (
+        name not in base.tensors
+        and len(tables) == 1
+        and is_tied_to_head(tables[0], base)
+        and adapter.source.digest(adapter.whole[tables[0]])
+        == adapter.source.digest(adapter.whole[name])
+    )
+
+
 def _check_there(name: str, base: Source, adapter: Adapter) -> None:
     if name not in base.tensors:
         raise CheckpointError(
@@ -213,9 +233,14 @@ def _check_there(name: str, base: Source, adapter: Adapter) -> None:
 def _matrix(name: str, part: Part, base: Source, transposed: bool) -> Matrix:
     """How the tensor is read; its sides must be those of the product."""
     stored = base.tensors[name]
-    fits = stored.dtype in FLOATING and len(stored.shape) in (2, 4)
+    if stored.dtype in EIGHT_BITS:
+        raise CheckpointError(
+            f"{printable(name)} is stored in 8-bit floats in {printable(base.path)}: what an "
+            "adapter adds would be rounded away. Apply it to the checkpoint in bfloat16."
+        )
+    fits = stored.dtype in FLOATING and len(stored.shape) in (2, 3, 4)
     matrix = matrix_as_used(name, base.tensors, transposed) if fits else None
-    if matrix is None or matrix.shape != part.shape:
+    if matrix is None or (matrix.shape, matrix.count) != (part.shape, part.count):
         raise CheckpointError(
             f"{printable(name)} is {stored.dtype} {[*stored.shape]} in {printable(base.path)}, and "
             f"the adapter adds a product of {part.shape[0]}×{part.shape[1]}: it is an adapter for "
@@ -224,19 +249,18 @@ def _matrix(name: str, part: Part, base: Source, transposed: bool) -> Matrix:
     return matrix
 
 
-def _record(order: Add, stored: Tensor, error: float) -> MatrixRecord:
+def _record(order: Add, info: TensorInfo, error: float) -> MatrixRecord:
     """What was added, and the share of it that rounding took: relative to ‖s·BA‖."""
-    (m, n), r = order.matrix.shape, order.part.rank
-    size = stored.numel() * stored.itemsize
+    held, size = (info.parameters, info.parameters), (info.nbytes, info.nbytes)
     return MatrixRecord(
         name=order.name,
         shape=order.matrix.stored,
-        dtype=NAMES[stored.dtype],
+        dtype=info.dtype,
         orientation=order.matrix.orientation,
-        rank=r,
+        rank=order.part.rank,
         form="dense",
-        parameters=(m * n, m * n),
-        bytes=(size, size),
+        parameters=held,
+        bytes=size,
         relative_error=error,
         excess_estimate=0.0,
         optimum=None,

@@ -20,7 +20,7 @@ from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout
 from eckart.decompose import Decomposition
 from eckart.decompose.request import FLOPS, on_threads, threads_for
 from eckart.errors import CheckpointError, NonFiniteError, PromiseError
-from eckart.formats import FORMATS, FormatName, dense, factored
+from eckart.formats import FORMATS, FormatName, dense, factored, peft
 from eckart.formats.factored import Product
 from eckart.linalg.arrays import check_finite
 from eckart.linalg.factors import pivot
@@ -119,16 +119,25 @@ class Filler:
     def _factor(self, order: Factor) -> Filled:
         name, entry, known = order.name, order.entry, order.decomposition
         matrix, crc, form = factored.matrix_of(entry), 0, FORMATS[self.format]
+        together = matrix.is_stack and self.format == "peft"  # its B lies across the experts
         written = self._written(form.layout(name, entry, order.dtype))
 
         def pairs() -> Iterator[tuple[Tensor, Product]]:
             nonlocal crc
+            made: list[Product] = []
             for index in range(matrix.count):
                 stored = self.source.load(name, index, index + 1 if matrix.is_stack else None)
                 crc = zlib.crc32(bytes_of(stored), crc)
                 W = matrix.read(stored)
-                self._write(order, product_of(known, W, entry, order.dtype, index), index)
-                yield W, form.decode(written, name, entry, index)
+                made.append(product_of(known, W, entry, order.dtype, index))
+                if not together:
+                    self._write(order, made.pop(), index)
+                    yield W, form.decode(written, name, entry, index)
+            if together:
+                self._write(order, peft.stacked(made), 0)
+                for index in range(matrix.count):
+                    W = matrix.load(self.source, name, index)
+                    yield W, form.decode(written, name, entry, index)
 
         bias = self._bias(name, matrix)
         measured = measure(pairs(), bias, seed=self.seed, name=name)

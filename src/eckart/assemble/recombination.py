@@ -7,6 +7,7 @@ of the small core give its singular values, and its best approximation at any ra
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from eckart.allocate import Choice, Item
@@ -49,9 +50,9 @@ class Summand:
     part: Part
     weight: float
 
-    def factors(self) -> Factors:
-        """Returns the product in float64, weight and scale in B."""
-        found = self.part.load(self.source).to(torch.float64)
+    def factors(self, index: int = 0) -> Factors:
+        """Returns one product in float64, weight and scale in B."""
+        found = self.part.one(index).load(self.source).to(torch.float64)
         return Factors(found.B * (self.weight * self.part.scale), found.A)
 
 
@@ -69,14 +70,19 @@ class Sum:
         return min(sum(one.part.rank for one in self.summands), *self.shape)
 
     @property
+    def count(self) -> int:
+        """How many matrices share the rank: experts."""
+        return self.summands[0].part.count
+
+    @property
     def parameters(self) -> int:
         """Of the factors that are given."""
-        return sum(one.part.rank for one in self.summands) * sum(self.shape)
+        return self.count * sum(one.part.rank for one in self.summands) * sum(self.shape)
 
     @property
     def seconds(self) -> float:
         """About how long a decomposition takes."""
-        return 8 * sum(self.shape) * self.rank**2 / FLOPS
+        return 8 * self.count * sum(self.shape) * self.rank**2 / FLOPS
 
     @property
     def dtype(self) -> str:
@@ -87,27 +93,48 @@ class Sum:
     def item(self, dtype: str | None) -> Item:
         """Returns it as a budget sees it, its factors in `dtype` or as they are."""
         size = DTYPES[self.dtype].itemsize
-        return Item(self.shape, 1, size, DTYPES[dtype or self.dtype].itemsize)
+        return Item(self.shape, self.count, size, DTYPES[dtype or self.dtype].itemsize)
 
     def bias_bytes(self, dtype: str | None) -> int:
         """Returns what the bias takes, where there is one."""
         size = DTYPES[dtype or self.dtype].itemsize
         return size * self.shape[0] if any(one.part.bias for one in self.summands) else 0
 
-    def factors(self) -> Factors:
-        """Returns the exact sum: all factors, side by side."""
-        found = [one.factors() for one in self.summands]
+    def factors(self, index: int = 0) -> Factors:
+        """Returns the exact sum of one matrix: all factors, side by side."""
+        found = [one.factors(index) for one in self.summands]
         return Factors(torch.cat([f.B for f in found], 1), torch.cat([f.A for f in found]))
 
     def entry(self, rank: int) -> FactoredEntry:
         """Returns how it is stored at a rank."""
         first, (m, n) = self.summands[0], self.shape
         A, part = first.source.tensors[first.part.A].shape, first.part
+        if part.experts:
+            shape = (part.experts, m, n)
+            return FactoredEntry(rank=rank, form="ba", shape=shape, orientation="out_in")
         if len(A) == 4:
             return FactoredEntry(rank=rank, form="ba", shape=(m, *A[1:]), orientation="out_in")
         if part.is_embedding or part.transposed:
             return FactoredEntry(rank=rank, form="ba", shape=(n, m), orientation="in_out")
         return FactoredEntry(rank=rank, form="ba", shape=(m, n), orientation="out_in")
+
+
+def entries_of(
+    sums: Mapping[str, Sum], ranks: Mapping[str, int | None]
+) -> dict[str, FactoredEntry]:
+    """Returns how each sum that is given a rank is stored."""
+    kept = {name: rank for name, rank in ranks.items() if rank}
+    is_mixture = any(s.part.is_parameter for one in sums.values() for s in one.summands)
+    return {
+        name: msgspec.structs.replace(
+            sums[name].entry(rank), module=peft.module_for(name, kept, is_mixture=is_mixture)
+        )
+        for name, rank in kept.items()
+    }
+
+
+def _kind(part: Part) -> tuple[object, ...]:
+    return part.shape, part.is_embedding, part.experts
 
 
 def sums_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Sum]:
@@ -119,10 +146,7 @@ def sums_of(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, 
     for name, summands in found.items():
         first = summands[0]
         for other in summands[1:]:
-            if (first.part.shape, first.part.is_embedding) != (
-                other.part.shape,
-                other.part.is_embedding,
-            ):
+            if _kind(first.part) != _kind(other.part):
                 raise CheckpointError(
                     f"{printable(name)} is {first.part.shape} in {printable(first.source.path)} "
                     f"and {other.part.shape} in {printable(other.source.path)}: they are adapters "
@@ -143,7 +167,16 @@ class SpectrumOf:
     def __call__(self, one: Sum) -> Spectrum:
         """Cost: QR of both sides, the SVD of a core of the summed rank."""
         with on_threads(one.shape, self.threads):
-            return recompress(one.factors(), name=one.name).spectrum
+            found = [recompress(one.factors(i), name=one.name).spectrum for i in range(one.count)]
+        return together(found)
+
+
+def together(spectra: Sequence[Spectrum]) -> Spectrum:
+    """Returns the spectrum of matrices that share a rank: σᵢ = √(Σ over them of σᵢ²)."""
+    if len(spectra) == 1:
+        return spectra[0]
+    squares = torch.stack([one.values.square() for one in spectra]).sum(0)
+    return Spectrum(spectra[0].shape, squares.sqrt(), sum(one.energy for one in spectra))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +185,7 @@ class Recombine:
 
     name: str
     sum: Sum
-    rank: int
+    entry: FactoredEntry
     dtype: str
     seconds: float
 
@@ -196,41 +229,51 @@ class Recombiner:
             return self._recombine(order)
 
     def _recombine(self, order: Recombine) -> Filled:
-        exact = order.sum.factors()
-        svd = recompress(exact, name=order.name)
-        kept = split(svd.truncate(order.rank)).to(DTYPES[order.dtype])
-        A, B = peft.part_names(order.name)
-        for name, factor in ((A, kept.A), (B, kept.B)):
+        one, entry, dtype = order.sum, order.entry, DTYPES[order.dtype]
+        kept, spectra, missed, total = list[Factors](), list[Spectrum](), 0.0, 0.0
+        for index in range(one.count):
+            exact = one.factors(index)
+            svd = recompress(exact, name=order.name)
+            kept.append(split(svd.truncate(entry.rank)).to(dtype))
+            spectra.append(svd.spectrum)
+            away, size = energies_between(exact, kept[-1])
+            missed, total = missed + away, total + size
+        product = peft.stacked(kept) if len(entry.shape) == 3 else kept[0]
+        A, B = peft.part_names(order.name, entry)
+        for name, factor in ((A, product.A), (B, product.B)):
             check_finite(factor, name)
             self.files.write(name, factor)
-        (m, n), entry = order.sum.shape, order.sum.entry(order.rank)
-        size = DTYPES[order.dtype].itemsize
-        after, given = order.rank * (m + n), order.sum.parameters
-        record = MatrixRecord(
-            name=order.name,
-            shape=entry.shape,
-            dtype=order.dtype,
-            orientation=entry.orientation,
-            rank=order.rank,
-            form="ba",
-            parameters=(given, after),
-            bytes=(given * DTYPES[order.sum.dtype].itemsize, after * size),
-            relative_error=distance(exact, kept),
-            excess_estimate=0.0,
-            optimum=svd.spectrum.relative_error(order.rank) if svd.energy else 0.0,
-            output_error=None,
-            metric="frobenius",
-            method="core",
-            tail=tail(svd.spectrum, order.rank),
-        )
+        record = _record(order, together(spectra), rounded_up(missed, total))
         return Filled(order.name, None, record)
 
 
-def distance(exact: Factors, kept: Factors) -> float:
-    """Returns ‖BA − B'A'‖_F/‖BA‖_F from the factors alone, in float64: QR of both sides."""
+def _record(order: Recombine, spectrum: Spectrum, error: float) -> MatrixRecord:
+    one, entry = order.sum, order.entry
+    given, after = one.parameters, one.count * entry.rank * sum(one.shape)
+    return MatrixRecord(
+        name=order.name,
+        shape=entry.shape,
+        dtype=order.dtype,
+        orientation=entry.orientation,
+        rank=entry.rank,
+        form="ba",
+        parameters=(given, after),
+        bytes=(given * DTYPES[one.dtype].itemsize, after * DTYPES[order.dtype].itemsize),
+        relative_error=error,
+        excess_estimate=0.0,
+        optimum=spectrum.relative_error(entry.rank) if spectrum.energy else 0.0,
+        output_error=None,
+        metric="frobenius",
+        method="core",
+        tail=tail(spectrum, entry.rank),
+    )
+
+
+def energies_between(exact: Factors, kept: Factors) -> tuple[float, float]:
+    """Returns ‖BA − B'A'‖_F² and ‖BA‖_F² from the factors alone, in float64: QR of both sides."""
     kept = kept.to(torch.float64)
     both = Factors(torch.cat([exact.B, -kept.B], 1), torch.cat([exact.A, kept.A]))
-    return rounded_up(_energy(both), _energy(exact))
+    return _energy(both), _energy(exact)
 
 
 def _energy(product: Factors) -> float:
@@ -256,6 +299,7 @@ def certify_merged(
     filled: Iterable[Filled],
 ) -> Certificate:
     """Writes eckart.json over everything that stands in the staged folder."""
+    entries = entries_of(sums, {name: choice.rank for name, choice in choices.items()})
     records = [one.record for one in filled if one.record]
     records += [
         dropped(sums[name].entry(0), sums[name].dtype, name, sums[name].parameters)
@@ -279,9 +323,7 @@ def certify_merged(
         files=file_records(job.staged),
         matrices=records,
         copied=[Row(name=name, reason=WHOLE) for name in adapters[0].whole],
-        factored={
-            peft.module_of(row.name): sums[row.name].entry(row.rank) for row in records if row.rank
-        },
+        factored={peft.module_of(name): entry for name, entry in entries.items()},
         totals=Totals(
             targeted_parameters=(before, after),
             model_parameters=(_parameters(given), _parameters(written)),
@@ -303,19 +345,18 @@ def layout_of(
     """Returns what is to be laid out, and the order that fills each tensor."""
     layout: dict[str, TensorLayout] = {}
     orders: dict[str, Order] = {}
-    for name, one in sums.items():
-        if not (rank := choices[name].rank):
-            continue
+    entries = entries_of(sums, {name: choice.rank for name, choice in choices.items()})
+    for name, entry in entries.items():
+        one = sums[name]
         stored = dtype or one.dtype
-        layout |= peft.layout(name, one.entry(rank), stored)
-        orders[name] = Recombine(name, one, rank, stored, 2 * one.seconds)
+        layout |= peft.layout(name, entry, stored)
+        orders[name] = Recombine(name, one, entry, stored, 2 * one.seconds)
         if any(summand.part.bias for summand in one.summands):
             bias = peft.bias_name(name)
             layout[bias] = TensorLayout.of(stored, (one.shape[0],))
             orders[bias] = SumBias(bias, one, bias, stored)
-    kept = [name for name in sums if choices[name].rank]
     for name, given in adapter.whole.items():
-        info, stored = adapter.source.tensors[given], peft.whole_name(name, kept)
+        info, stored = adapter.source.tensors[given], peft.whole_name(name, entries)
         layout[stored] = TensorLayout(info.dtype, info.shape, info.nbytes)
         orders[name] = Copy(given, stored, info.nbytes)
     return layout, orders

@@ -60,6 +60,15 @@ class Source(ABC):
         """The weight files, sorted."""
         return sorted({info.file for info in self.tensors.values()})
 
+    @property
+    def origin(self) -> "Source":
+        """The source of what is stored, where this one reads it otherwise."""
+        return self
+
+    def told(self, digests: Mapping[str, str]) -> dict[str, str]:
+        """Returns what digests of this source's tensors tell of the stored ones."""
+        return dict(digests)
+
     def file(self, name: str) -> Path:
         """Returns the path of a weight file."""
         return self.path if self.folder is None else self.folder / name
@@ -118,12 +127,13 @@ class Source(ABC):
         """Returns the SHA-256 over every tensor's name, dtype, shape and SHA-256.
 
         How tensors are spread over files does not matter: the same model in one file and in
-        shards has the same fingerprint. `digests` are those already known; the rest is read.
+        shards has the same fingerprint. `digests` are those already known; the rest is read. Of
+        what is read otherwise than it is stored, the stored tensors count.
         """
-        known = digests or {}
+        origin, known = self.origin, self.told(digests or {})
         lines = [
-            [name, info.dtype, [*info.shape], known.get(name) or self.digest(name)]
-            for name, info in self.tensors.items()
+            [name, info.dtype, [*info.shape], known.get(name) or origin.digest(name)]
+            for name, info in origin.tensors.items()
         ]
         return hashlib.sha256(canonical_json(lines)).hexdigest()
 

@@ -5,8 +5,8 @@ adapter does and is not understood here is refused by name, never passed over.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from eckart.checkpoint.header import read_header
 from eckart.checkpoint.paths import is_there, printable
 from eckart.checkpoint.source import Checkpoint, Source
 from eckart.errors import CheckpointError
-from eckart.families import FLOATING, is_embedding
+from eckart.families import FLOATING, is_embedding, is_stack_of_experts
 from eckart.formats.patterns import first_match
-from eckart.formats.peft import CONFIG, PREFIX, WEIGHTS
+from eckart.formats.peft import CONFIG, INNER, NARROWING, PREFIX, WEIGHTS, one_of_stack
 from eckart.linalg.factors import Factors
 
 INERT = frozenset(
@@ -45,7 +45,7 @@ UNDERSTOOD = frozenset(
             "peft_type",
             "r",
         ),
-        *("rank_pattern", "use_rslora"),
+        *("rank_pattern", "target_parameters", "use_rslora"),
     }
 )
 
@@ -80,10 +80,29 @@ class Part:
     is_embedding: bool
     transposed: bool  # the layer stores (in, out), as GPT-2's Conv1D
     shape: tuple[int, int]  # (m, n) of B·A
+    is_parameter: bool = False  # it is targeted itself, and not as the weight of a layer
+    experts: int | None = None  # of a stack: how many, each with a product of its own
+    expert: int | None = None  # the one that is meant, where it is not all of them, and …
+    rows: tuple[int, int] | None = None  # … which of its rows
+
+    @property
+    def count(self) -> int:
+        """How many matrices it adds to."""
+        return self.experts or 1 if self.expert is None else 1
+
+    def one(self, index: int) -> "Part":
+        """Returns what is added to one of them."""
+        stays = self.experts is None or self.expert is not None
+        return self if stays else replace(self, expert=index)
 
     def load(self, source: Source) -> Factors:
-        """Returns B and A as they are stored."""
-        return Factors(source.load(self.B).flatten(1), source.load(self.A).flatten(1))
+        """Returns B and A of one matrix as they are stored."""
+        if self.experts is None:
+            found = Factors(source.load(self.B).flatten(1), source.load(self.A).flatten(1))
+        else:
+            assert self.expert is not None, f"{self.name}: which expert?"
+            found = one_of_stack(source, self.A, self.B, self.rank, self.expert)
+        return found if self.rows is None else Factors(found.B[slice(*self.rows)], found.A)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +134,7 @@ def open_adapter(folder: Path) -> Adapter:
     return Adapter(
         source,
         config,
-        {f"{X}.weight": _part(X, found, source, config) for X, found in sorted(parts.items())},
+        _parts(parts, source, config),
         whole,
         bases,
     )
@@ -201,7 +220,48 @@ def _sorted_out(
     return parts, whole, bases
 
 
-def _part(X: str, found: Mapping[str, str], source: Source, config: Mapping[str, Any]) -> Part:
+def _parts(
+    found: Mapping[str, Mapping[str, str]], source: Source, config: Mapping[str, Any]
+) -> dict[str, Part]:
+    """What is added, by tensor of the model: the weight of a layer, or a parameter."""
+    parts: dict[str, Part] = {}
+    for X, names in sorted(found.items()):
+        name = _target(X, found.keys(), source, config)
+        if name in parts:
+            raise CheckpointError(f"{printable(source.path)} adds to {printable(name)} twice.")
+        parts[name] = _part(name, names, source, config)
+    return parts
+
+
+def _target(X: str, modules: Container[str], source: Source, config: Mapping[str, Any]) -> str:
+    """The tensor that a module's factors are for. Of experts several parameters may be targeted,
+    wrapped one around the other."""
+    experts = X.removesuffix(INNER)
+    if not experts.endswith("experts") or experts.count(INNER):
+        return f"{X}.weight"
+    named = config.get("target_parameters")
+    targets = [str(one) for one in named] if isinstance(named, list) else []
+    own = {t.rpartition(".")[2] for t in targets if _is_end(t.rpartition(".")[0], experts)}
+    known = sorted(one for one in own if is_stack_of_experts(f"{experts}.{one}"))
+    inner = [one for one in known if one != NARROWING]
+    both = f"{experts}{INNER}" in modules and experts in modules
+    if len(known) == 2 and both and len(inner) == 1:
+        return f"{experts}.{NARROWING if experts == X else inner[0]}"
+    if len(known) != 1 or both:
+        raise CheckpointError(
+            f"{printable(X)} in {printable(source.path)}: which of the parameters of the experts "
+            f"it is for ({printable(known)}), its configuration does not tell. Merge it with PEFT, "
+            "and extract it."
+        )
+    return f"{experts}.{known[0]}"
+
+
+def _is_end(end: str, name: str) -> bool:
+    return not end or name == end or name.endswith(f".{end}")
+
+
+def _part(name: str, found: Mapping[str, str], source: Source, config: Mapping[str, Any]) -> Part:
+    X = name.removesuffix(".weight")
     where = f"{printable(X)} in {printable(source.path)}"
     if not {"A", "B"} <= found.keys():
         there = ", ".join(printable(name) for name in found.values())
@@ -210,22 +270,26 @@ def _part(X: str, found: Mapping[str, str], source: Source, config: Mapping[str,
     for info in (A, B):
         if info.dtype not in FLOATING or len(info.shape) not in (2, 4) or 0 in info.shape:
             raise CheckpointError(f"{where} has a factor of {info.dtype} {[*info.shape]}.")
-    rank, bias = A.shape[0], source.tensors.get(found.get("bias", ""))
+    held, bias = A.shape[0], source.tensors.get(found.get("bias", ""))
+    key = name if _is_parameter(name, config) else X
+    stated = first_match(_pattern(config, "rank_pattern"), key) or config["r"]
+    rank, experts = held, None
+    if is_stack_of_experts(name) and stated and not held % stated:
+        rank, experts = int(stated), int(held // stated)
     if bias is not None and (bias.dtype not in FLOATING or bias.shape != B.shape[:1]):
         raise CheckpointError(f"{where} has a bias of {bias.dtype} {[*bias.shape]}.")
-    if found["A"].endswith("_A") != is_embedding(f"{X}.weight"):
+    if found["A"].endswith("_A") != is_embedding(name):
         raise CheckpointError(f"{where} is not stored as its name would have it: rename it.")
-    stated = first_match(_pattern(config, "rank_pattern"), X) or config["r"]
-    if B.shape[1:] != (rank, *(1 for _ in A.shape[2:])) or rank != stated:
+    if B.shape[1:] != (held, *(1 for _ in A.shape[2:])) or rank != stated:
         raise CheckpointError(
             f"{where} has A {[*A.shape]} and B {[*B.shape]}, and its configuration says rank "
             f"{printable(stated)}: they must agree."
         )
-    given = first_match(_pattern(config, "alpha_pattern"), X)
+    given = first_match(_pattern(config, "alpha_pattern"), key)
     alpha = config["lora_alpha"] if given is None else given
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return Part(
-        f"{X}.weight",
+        name,
         found["A"],
         found["B"],
         found.get("bias"),
@@ -234,7 +298,15 @@ def _part(X: str, found: Mapping[str, str], source: Source, config: Mapping[str,
         found["A"].endswith("_A"),
         bool(config.get("fan_in_fan_out")) and A.shape[2:] == () and not found["A"].endswith("_A"),
         (B.shape[0], math.prod(A.shape[1:])),
+        _is_parameter(name, config),
+        experts,
     )
+
+
+def _is_parameter(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor is targeted as a parameter: patterns are then matched against its name."""
+    named = config.get("target_parameters")
+    return isinstance(named, list) and any(_is_end(str(one), name) for one in named)
 
 
 def _pattern(config: Mapping[str, Any], key: str) -> Mapping[str, float]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eckart.assemble.adapters import adapter_totals, change_error
-from eckart.assemble.filling import BYTES_PER_SECOND, product_seconds
+from eckart.assemble.filling import product_seconds
 from eckart.assemble.measurement import Measured, count, measure
 from eckart.certificate import Certificate, FactoredEntry
 from eckart.checkpoint.delta import Delta
@@ -18,13 +18,14 @@ from eckart.checkpoint.documents import canonical_json, read_json
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
 from eckart.checkpoint.tensor_file import TensorLayout
-from eckart.comparison import Changes, Comparer, comparable
+from eckart.comparison import Changes
 from eckart.decompose.request import on_threads
 from eckart.errors import CheckpointError, EckartError
 from eckart.execute import Task, Workers
 from eckart.formats import peft
 from eckart.formats.factored import matrix_of
 from eckart.linalg.arrays import check_finite
+from eckart.pairing import alike, compare
 from eckart.verification.against import check_matrix
 from eckart.verification.alone import check_optima
 from eckart.verification.check import Check
@@ -39,6 +40,8 @@ def checks_alone(out: Path, written: Source, certificate: Certificate) -> Iterat
     yield check_configuration(out, certificate, [row.name for row in certificate.stored_whole])
     factored = entries_of(certificate)
     others = {peft.whole_name(row.name, factored) for row in certificate.stored_whole}
+    if _has_tied_head(written, others):
+        others.add(peft.TIED_HEAD)
     tensors = check_tensors(written, certificate, others)
     yield tensors
     if tensors.held:
@@ -50,7 +53,8 @@ def checks_against_pair(
     written: Source, tuned: Source, base: Source, certificate: Certificate, workers: Workers
 ) -> Iterator[Check]:
     """Yields what it does: every figure computed again from both models and the written file."""
-    changes = _compare(tuned, base, workers)
+    tuned, base = alike(tuned, base)
+    changes = compare(tuned, base, workers)
     ours, theirs = changes.fingerprints()
     for source, found, known in (
         (tuned, ours, certificate.source),
@@ -100,15 +104,6 @@ class _Measurer:
             return measure(pairs, None, seed=self.seed, name=name)
 
 
-def _compare(tuned: Source, base: Source, workers: Workers) -> Changes:
-    tasks = [
-        Task(name, (name,), 2 * size / BYTES_PER_SECOND)
-        for name, size in comparable(tuned, base).items()
-    ]
-    compared = dict(workers.map(Comparer(tuned, base), tasks, "comparing"))
-    return Changes(tuned, base, dict(sorted(compared.items())))
-
-
 def check_claims(certificate: Certificate) -> Check:
     """What the certificate says in two places is the same: no tensor twice, one rank a matrix."""
     names = _rows(certificate)
@@ -129,6 +124,17 @@ def check_claims(certificate: Certificate) -> Check:
     return Check.of("claims", faults, "they agree with each other")
 
 
+def _has_tied_head(written: Source, whole: set[str]) -> bool:
+    """Whether a whole embedding stands there once more, for the output head that is tied to it."""
+    tables = [name for name in whole if name.endswith("embed_tokens.weight")]
+    return (
+        peft.TIED_HEAD in written.tensors
+        and len(tables) == 1
+        and written.tensors[tables[0]].nbytes == written.tensors[peft.TIED_HEAD].nbytes
+        and written.digest(tables[0]) == written.digest(peft.TIED_HEAD)
+    )
+
+
 def _rows(certificate: Certificate) -> list[str]:
     rows = [*certificate.matrices, *certificate.stored_whole, *certificate.lost, *certificate.tied]
     return [*(row.name for row in rows), *certificate.unchanged]
@@ -137,7 +143,8 @@ def _rows(certificate: Certificate) -> list[str]:
 def check_configuration(
     out: Path, certificate: Certificate, whole: Sequence[str], *, has_lora_bias: bool = False
 ) -> Check:
-    """adapter_config.json says what the certificate says, of whatever base and task it names."""
+    """adapter_config.json says what the certificate says, of whatever base and task it names, and
+    whether its output head is tied."""
     try:
         stated = read_json(out / peft.CONFIG)
     except CheckpointError as error:
@@ -148,6 +155,7 @@ def check_configuration(
         task=stated.get("task_type"),
         whole=whole,
         has_lora_bias=has_lora_bias,
+        is_tied=stated.get("ensure_weight_tying") is True,
     )
     same = canonical_json(stated) == canonical_json(promised)
     faults = [] if same else [f"{peft.CONFIG} says something else than the certificate"]
@@ -156,14 +164,14 @@ def check_configuration(
 
 def entries_of(certificate: Certificate) -> dict[str, FactoredEntry]:
     """Returns how each tensor that has a product is stored."""
-    return {f"{X}.weight": entry for X, entry in certificate.factored.items()}
+    return {row.name: certificate.entry(row) for row in certificate.matrices if row.rank}
 
 
 def check_tensors(written: Source, certificate: Certificate, others: set[str]) -> Check:
     """Every product that the certificate accounts for is there, finite, and so are the others."""
     faults, expected = list[str](), {*others}
     for name, entry in entries_of(certificate).items():
-        first = written.tensors.get(peft.part_names(name)[0])
+        first = written.tensors.get(peft.part_names(name, entry)[0])
         places = peft.layout(name, entry, first.dtype if first else "F32")
         expected |= places.keys()
         faults += _faults(written, places)
@@ -259,7 +267,7 @@ def _check_counts(written: Source, tuned: Source, certificate: Certificate) -> C
         info = tuned.tensors[record.name]
         found = ((info.parameters, 0), (info.nbytes, 0))
         if entry := entries.get(record.name):
-            dtype = written.tensors[peft.part_names(record.name)[0]].dtype
+            dtype = written.tensors[peft.part_names(record.name, entry)[0]].dtype
             found = count(info, entry, dtype)
         if found != (record.parameters, record.bytes):
             faults.append(f"{record.name} has other counts")

@@ -12,6 +12,7 @@ from eckart.certificate import Certificate, FactoredEntry, MatrixRecord, read_ce
 from eckart.checkpoint.header import TensorInfo
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
+from eckart.comparison import Digester
 from eckart.decompose.request import on_threads
 from eckart.errors import CheckpointError
 from eckart.execute import Task, Workers
@@ -25,17 +26,6 @@ ROUNDING = 1e-9
 
 NOISE = 64 * torch.finfo(torch.float64).eps
 """… and by this share of what was compared, where the difference itself is rounding."""
-
-
-@dataclass(frozen=True, slots=True)
-class Digester:
-    """Hashes one tensor."""
-
-    source: Source
-
-    def __call__(self, name: str) -> str:
-        """Returns the SHA-256 of its bytes."""
-        return self.source.digest(name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,10 +38,11 @@ class _Measurer:
         """Returns ‖W' − (W + s·BA)‖/‖s·BA‖ of the tensor as it is stored."""
         missed = total = 0.0
         with on_threads(matrix.shape, None):
-            W, found = matrix.load(self.base, name), matrix.load(self.written, name)
-            for rows, exact, added in sums(W, part, self.adapter, self.sign):
-                missed += energy(found[rows].to(exact.dtype) - exact)
-                total += energy(added)
+            for index in range(matrix.count):
+                W, found = (matrix.load(s, name, index) for s in (self.base, self.written))
+                for rows, exact, added in sums(W, part.one(index), self.adapter, self.sign):
+                    missed += energy(found[rows].to(exact.dtype) - exact)
+                    total += energy(added)
         return rounded_up(missed, total)
 
 
@@ -77,7 +78,8 @@ def checks_against_sum(
             )
     sign = -1 if certificate.options.get("subtract") else 1
     orders, layout = orders_of(base, adapter, subtract=sign < 0)
-    yield _check_names(written, certificate, adapter, {*layout})
+    sums_there = {name for name, order in orders.items() if isinstance(order, Add)}
+    yield _check_names(written, certificate, sums_there, {*layout})
     unit = _Measurer(base, adapter.source, written, sign)
     tasks = [
         Task(name, (name, order.part, order.matrix), order.seconds)
@@ -107,11 +109,11 @@ def _differs(written: Source, name: str, adapter: Adapter, stored: str) -> bool:
 
 
 def _check_names(
-    written: Source, certificate: Certificate, adapter: Adapter, expected: set[str]
+    written: Source, certificate: Certificate, added_to: set[str], expected: set[str]
 ) -> Check:
     faults = [f"{name} is missing" for name in sorted(expected - written.tensors.keys())]
     faults += [f"{name} was added" for name in sorted(written.tensors.keys() - expected)]
-    wrong = {record.name for record in certificate.matrices} ^ adapter.parts.keys()
+    wrong = {record.name for record in certificate.matrices} ^ added_to
     faults += [f"{name} is wrongly said to be a sum, or not" for name in sorted(wrong)]
     return Check.of("accounts", faults, f"{len(expected)} tensors, each in one row")
 
