@@ -22,9 +22,10 @@ check: $(VENV)/.dev  ## format, lint, types, floors
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
-bench: $(VENV)/.dev  ## timings against torch, appended to bench/RESULTS.md
+bench: $(VENV)/.dev  ## timings against torch and mergekit, appended to bench/RESULTS.md
 	$(BIN)/python bench/bench_svd.py
 	$(BIN)/python bench/bench_stream.py
+	$(BIN)/python bench/bench_adapters.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

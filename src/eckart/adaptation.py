@@ -168,8 +168,8 @@ def apply(
     alpha_pattern, rsLoRA, biases, modules_to_save. Computed in float32 and rounded once to the
     base's dtype; the certificate says what share of the addition that rounding took. An adapter
     that eckart extracted from another base is refused, unless `other_base`. Cost: the base read
-    and written once, and hashed. Peak memory: the largest matrix, twice, times the workers. Raises
-    CheckpointError where the adapter is for another model.
+    and written once, and both hashed. Peak memory: a few MiB and the factors of one tensor, times
+    the workers. Raises CheckpointError where the adapter is for another model.
     """
     origin, folder, target = (
         open_dense(Path(base), allow_pickle=allow_pickle),
@@ -181,7 +181,7 @@ def apply(
     orders, layout = orders_of(origin, parts, subtract=subtract)
     vocabulary_of(orders, layout, origin)
     check_space(target, sum(place.nbytes for place in layout.values()), "the output")
-    count = workers_for([one.shape for one in parts.parts.values()], workers, threads)
+    count = workers_for([], workers, threads)
     options: Options = {
         "subtract": subtract,
         "other_base": other_base,

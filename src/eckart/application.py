@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from eckart.assemble.application import Applier, Order, Replace, certify_applied
+from eckart.assemble.filling import Filled
 from eckart.assemble.job import Job
 from eckart.assemble.sidecars import write_sidecars
 from eckart.certificate import Certificate, read_certificate
+from eckart.checkpoint.digests import FileDigests
 from eckart.checkpoint.documents import read_json
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
@@ -27,17 +29,26 @@ def write_applied(
     job: Job,
     workers: Workers,
 ) -> Certificate:
-    """Lays the checkpoint out, fills it in any order, and certifies it."""
+    """Lays the checkpoint out, fills it from its beginning on, and certifies it.
+
+    Files are hashed and flushed while they are being filled: see `FileDigests`.
+    """
     files = lay_out_checkpoint(job.staged, layout, job.shard_bytes)
     sign = -1 if job.options["subtract"] else 1
     unit = Applier(job.source, adapter.source, files, sign, job.threads)
-    tasks = [Task(name, (order,), order.seconds) for name, order in orders.items()]
-    filled = [one for _, one in workers.map(unit, tasks, "writing")]
+    places = sorted(files.places.items(), key=lambda one: (one[1].file, one[1].begin))
+    tasks = [Task(name, (orders[name],), orders[name].seconds) for name, _ in places]
+    filled: list[Filled] = []
+    with FileDigests(files) as digests:
+        for name, one in workers.map(unit, tasks, "writing", in_order=True):
+            digests.filled(name)
+            filled.append(one)
+        hashed = digests.result()
     files.sync()
     write_sidecars(job, vocabulary_of(orders, layout, job.source))
     for source in (job.source, adapter.source):
         source.check_unchanged()
-    return certify_applied(job, adapter, orders, filled)
+    return certify_applied(job, adapter, orders, filled, hashed)
 
 
 def vocabulary_of(

@@ -14,6 +14,8 @@ from eckart.linalg.factors import (
     factorize,
     from_short_side,
     pivot,
+    product_energy,
+    product_spectrum,
     recompress,
     split,
 )
@@ -311,6 +313,29 @@ def test_recompress_is_the_svd_of_the_product(r):
     assert torch.allclose(svd.s, expected.s[:k], atol=1e-12)
     assert svd.energy == pytest.approx(expected.energy)
     assert torch.allclose(split(svd).product(), factors.product(), atol=1e-12)
+
+
+@pytest.mark.parametrize(("m", "r", "n"), [(9, 3, 7), (4, 6, 5), (1, 1, 1), (5, 9, 20), (7, 1, 2)])
+def test_spectrum_and_energy_of_a_product_are_those_of_the_matrix(m, r, n):
+    """Without forming it: more columns than rows too, and all of its zeros."""
+    factors = _factors(m, r, n)
+    W = factors.product()
+    spectrum = product_spectrum(factors)
+
+    assert spectrum.complete
+    assert torch.allclose(spectrum.values, torch.linalg.svdvals(W), atol=1e-13)
+    assert spectrum.energy == pytest.approx(float(W.square().sum()), rel=1e-13)
+    assert product_energy(factors) == pytest.approx(float(W.square().sum()), rel=1e-13)
+
+
+def test_the_energy_of_a_product_keeps_its_digits_where_its_terms_cancel():
+    """‖B‖·‖A‖ is 10⁸ times ‖BA‖: a trace of Gram matrices would have lost them all."""
+    B, A = _random(20, 2), _random(2, 30)
+    A[1] = -A[0] + 1e-8 * A[1]
+    B[:, 1] = B[:, 0]
+    exact = float((B[:, :1] @ (A[0] + A[1])[None]).square().sum())
+
+    assert product_energy(Factors(B, A)) == pytest.approx(exact, rel=1e-6)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eckart.linalg import norms
-from eckart.linalg.norms import energy, power_of_two_scaled, unscaled
+from eckart.linalg.norms import energy, energy_from_above, power_of_two_scaled, unscaled
 
 
 def test_energy_is_the_sum_of_squares(known):
@@ -47,6 +47,25 @@ def test_energy_of_a_strided_matrix():
     W = torch.arange(60.0).view(6, 10)[::2, 1::3]
 
     assert energy(W) == float(W.square().sum())
+
+
+@pytest.mark.parametrize("value", [0.1, 3.3e-3, 1e-12, 1e-25, 1e-40, 1e18, 1e30])
+@pytest.mark.parametrize("shape", [(1,), (127,), (128,), (3, 43), (2, 128), (700, 301)])
+def test_an_energy_from_above_is_one(value, shape):
+    """Equal entries, whose rounding all goes one way, and Gaussian ones, at any size."""
+    draw = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    for W in (torch.full(shape, value), value * draw, (value * draw).double()):
+        assert energy(W) <= energy_from_above(W) <= 1.00001 * energy(W)
+
+
+@pytest.mark.parametrize("place", [0, 127, 128, 299])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_energy_from_above_shows_what_is_not_finite(place, value):
+    """In a run, and in what is left over."""
+    W = torch.ones(300)
+    W[place] = value
+
+    assert not math.isfinite(energy_from_above(W))
 
 
 def test_scaling_by_powers_of_two_is_exact():

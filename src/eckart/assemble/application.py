@@ -5,6 +5,7 @@ once to the base's dtype; what rounding cost is measured as a share of what was 
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,20 +18,20 @@ from eckart.assemble.filling import BYTES_PER_SECOND, Copy, Filled
 from eckart.assemble.job import Job
 from eckart.assemble.placement import placed
 from eckart.certificate import Certificate, MatrixRecord, Row, SourceRecord, TiedRow, Totals
-from eckart.checkpoint.header import TensorInfo
+from eckart.checkpoint.header import DTYPES, TensorInfo
 from eckart.checkpoint.opening import open_checkpoint
 from eckart.checkpoint.paths import printable, write_file
 from eckart.checkpoint.quantized import EIGHT_BITS
 from eckart.checkpoint.source import Source, bytes_of
 from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout
 from eckart.checkpoint.writer import CERTIFICATE
-from eckart.decompose.request import FLOPS, on_threads, threads_for
+from eckart.decompose.request import FLOPS, on_threads
 from eckart.errors import CheckpointError
 from eckart.families import FLOATING, has_conv1d, has_grown, is_tied_to_head, matrix_as_used
 from eckart.formats.adapters import Adapter, Part
 from eckart.linalg.arrays import check_finite
-from eckart.linalg.blocks import row_blocks
-from eckart.linalg.norms import energy
+from eckart.linalg.factors import Factors, product_energy
+from eckart.linalg.norms import energy_from_above
 from eckart.linalg.residual import rounded_up
 from eckart.matrix import Matrix
 
@@ -47,8 +48,14 @@ class Add:
     def seconds(self) -> float:
         """About how long it takes."""
         m, n = self.matrix.shape
-        products = 2 * m * n * self.part.rank / (FLOPS * threads_for(self.matrix.shape))
-        return self.matrix.count * (products + 16 * m * n / BYTES_PER_SECOND)
+        once = 2 * m * n * self.part.rank / FLOPS + 8 * m * n / BYTES_PER_SECOND
+        return self.matrix.count * once
+
+    def addition(self, adapter: Source, sign: int, dtype: torch.dtype, index: int) -> Factors:
+        """Returns ±s·BA of one matrix as the tensor is stored, or its transpose."""
+        found = self.part.one(index).load(adapter)
+        B, A = found.B.to(dtype) * (sign * self.part.scale), found.A.to(dtype)
+        return Factors(B, A) if self.matrix.orientation == "out_in" else Factors(A.mT, B.mT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,12 @@ class Replace:
 
 Order = Copy | Add | AddBias | Replace
 
+THREADS = 1
+"""For one tensor, whatever its shape: its bytes pass by faster than they are hashed."""
+
+BLOCK_ENTRIES = 2**19
+"""Added to at once: as stored and in float32 they stay in the cache together."""
+
 MUCH = 0.1
 """Of an addition: more lost by rounding deserves a remark."""
 
@@ -95,7 +108,7 @@ class Applier:
     threads: int | None = None
 
     def __call__(self, order: Order) -> Filled:
-        """Reads, adds, writes, reads back. Peak memory: one matrix twice, and blocks of it."""
+        """Reads, adds and writes in one pass. Peak memory: the factors, and a few MiB."""
         match order:
             case Copy():
                 return Filled(order.name, self._copy(self.base, order.name, order.stored))
@@ -106,7 +119,7 @@ class Applier:
             case AddBias():
                 return self._add_bias(order)
             case Add():
-                with on_threads(order.matrix.shape, self.threads):
+                with on_threads(order.matrix.shape, self.threads or THREADS):
                     return self._add(order)
 
     def _copy(self, source: Source, name: str, stored: str) -> str:
@@ -125,20 +138,60 @@ class Applier:
         return Filled(order.name, hashlib.sha256(bytes_of(bias)).hexdigest())
 
     def _add(self, order: Add) -> Filled:
-        seen, missed, total = hashlib.sha256(), 0.0, 0.0
-        for index in range(order.matrix.count):
-            stop = index + 1 if order.matrix.is_stack else None
-            stored = self.base.load(order.name, index, stop)
-            seen.update(bytes_of(stored))
-            W = order.matrix.read(stored)
-            for rows, exact, added in sums(W, order.part.one(index), self.adapter, self.sign):
-                W[rows] = exact.to(W.dtype)  # in place: every row is read before it is written
-                missed += energy(W[rows].to(exact.dtype) - exact)
-                total += energy(added)
-            check_finite(stored, f"the sum of {order.name} and the adapter's product")
-            self.files.write(order.name, stored, index * stored.numel() * stored.itemsize)
-        info = self.base.tensors[order.name]
-        return Filled(order.name, seen.hexdigest(), _record(order, info, rounded_up(missed, total)))
+        missed, total, offset, seen = 0.0, 0.0, 0, hashlib.sha256()
+        what = f"the sum of {order.name} and the adapter's product"
+        for sums in sums_of(self.base, self.adapter, order, self.sign):
+            for rows, exact in sums:
+                seen.update(bytes_of(rows))
+                rows.copy_(exact)
+                missed += rounding(exact, rows, what)
+                self.files.write(order.name, rows, offset)
+                offset += rows.nbytes
+            total += product_energy(sums.addition)
+        error, info = rounded_up(missed, total), self.base.tensors[order.name]
+        return Filled(order.name, seen.hexdigest(), _record(order, info, error))
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """W ± s·BA of one matrix of a tensor, by blocks of its rows as it is stored."""
+
+    base: Source
+    name: str
+    addition: Factors  # what is added, in float32 or better
+    index: int
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields rows as the base has them, and the sum, in the dtype of the addition.
+
+        One and the same memory for every block: each must be used up before the next.
+        """
+        added, (count, width) = self.addition, self.addition.shape
+        step, first = max(1, BLOCK_ENTRIES // width), self.index * count * width
+        memory = torch.empty(min(step, count), width, dtype=added.B.dtype)
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            rows = self.base.entries(self.name, first + start * width, first + stop * width)
+            exact = memory[: stop - start].copy_(rows.view(-1, width))
+            yield rows.view(-1, width), exact.addmm_(added.B[start:stop], added.A)
+
+
+def sums_of(base: Source, adapter: Source, order: Add, sign: int) -> Iterator[Sums]:
+    """Yields the sum of every matrix of a tensor."""
+    dtype = torch.promote_types(DTYPES[base.tensors[order.name].dtype], torch.float32)
+    for index in range(order.matrix.count):
+        yield Sums(base, order.name, order.addition(adapter, sign, dtype, index), index)
+
+
+def rounding(exact: Tensor, rounded: Tensor, name: str) -> float:
+    """Returns ‖exact − rounded‖_F², from above; NonFiniteError where one of them is not finite.
+
+    `exact` is used up.
+    """
+    found = energy_from_above(exact.sub_(rounded))
+    if not math.isfinite(found):
+        check_finite(rounded, name)
+    return found
 
 
 def bias_sum(bias: Tensor, part: Part, adapter: Source, sign: int) -> Tensor:
@@ -146,19 +199,6 @@ def bias_sum(bias: Tensor, part: Part, adapter: Source, sign: int) -> Tensor:
     assert part.bias is not None
     wide = torch.promote_types(bias.dtype, torch.float32)
     return (bias.to(wide) + sign * part.scale * adapter.load(part.bias).to(wide)).to(bias.dtype)
-
-
-def sums(
-    W: Tensor, part: Part, adapter: Source, sign: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yields blocks of rows: which, W + s·BA in float32 or better, and what was added."""
-    wide = torch.promote_types(W.dtype, torch.float32)
-    factors = part.load(adapter).to(wide)
-    B = factors.B * (sign * part.scale)
-    for start, rows in row_blocks(W, wide):
-        where = slice(start, start + len(rows))
-        added = B[where] @ factors.A
-        yield where, rows + added, added
 
 
 def orders_of(
@@ -272,7 +312,11 @@ def _record(order: Add, info: TensorInfo, error: float) -> MatrixRecord:
 
 
 def certify_applied(
-    job: Job, adapter: Adapter, orders: Mapping[str, Order], filled: Iterable[Filled]
+    job: Job,
+    adapter: Adapter,
+    orders: Mapping[str, Order],
+    filled: Iterable[Filled],
+    files: Mapping[str, str],
 ) -> Certificate:
     """Writes eckart.json over everything that stands in the staged folder."""
     base, filled = job.source, [*filled]
@@ -290,7 +334,7 @@ def certify_applied(
         adapter=SourceRecord(name=adapter.source.name, fingerprint=adapter.source.fingerprint()),
         options=job.options,
         versions=versions(),
-        files=file_records(job.staged),
+        files=file_records(job.staged, files),
         matrices=records,
         copied=[Row(name=n, reason=UNTOUCHED) for n, o in orders.items() if isinstance(o, Copy)],
         refitted=[

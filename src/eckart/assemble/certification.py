@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -65,14 +66,14 @@ def certify(job: Job, kind: Kind, accounts: Accounts, filled: Iterable[Filled]) 
     return certificate
 
 
-def file_records(staged: Path) -> dict[str, FileRecord]:
-    """Returns every file of a folder, by its path in it. Cost: reads and hashes them."""
-    files = sorted(path for path in staged.rglob("*") if path.is_file())
+def file_records(
+    staged: Path, hashed: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, FileRecord]:
+    """Returns every file of a folder, by its path in it. Cost: hashes those that are not yet."""
+    files = {str(path.relative_to(staged)): path for path in staged.rglob("*") if path.is_file()}
     return {
-        str(path.relative_to(staged)): FileRecord(
-            bytes=path.stat().st_size, sha256=file_sha256(path)
-        )
-        for path in files
+        name: FileRecord(bytes=path.stat().st_size, sha256=hashed.get(name) or file_sha256(path))
+        for name, path in sorted(files.items())
     }
 
 

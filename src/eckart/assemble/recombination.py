@@ -34,8 +34,7 @@ from eckart.errors import CheckpointError
 from eckart.formats import peft
 from eckart.formats.adapters import Adapter, Part
 from eckart.linalg.arrays import check_finite
-from eckart.linalg.factors import Factors, recompress, split
-from eckart.linalg.norms import energy
+from eckart.linalg.factors import Factors, product_energy, product_spectrum, recompress, split
 from eckart.linalg.residual import rounded_up
 from eckart.linalg.spectrum import Spectrum
 
@@ -165,9 +164,9 @@ class SpectrumOf:
     threads: int | None = None
 
     def __call__(self, one: Sum) -> Spectrum:
-        """Cost: QR of both sides, the SVD of a core of the summed rank."""
+        """Cost: QR of both sides, the values of a core of the summed rank."""
         with on_threads(one.shape, self.threads):
-            found = [recompress(one.factors(i), name=one.name).spectrum for i in range(one.count)]
+            found = [product_spectrum(one.factors(i), one.name) for i in range(one.count)]
         return together(found)
 
 
@@ -233,11 +232,10 @@ class Recombiner:
         kept, spectra, missed, total = list[Factors](), list[Spectrum](), 0.0, 0.0
         for index in range(one.count):
             exact = one.factors(index)
-            svd = recompress(exact, name=order.name)
-            kept.append(split(svd.truncate(entry.rank)).to(dtype))
+            svd = recompress(exact, rank=entry.rank, name=order.name)
+            kept.append(split(svd).to(dtype))
             spectra.append(svd.spectrum)
-            away, size = energies_between(exact, kept[-1])
-            missed, total = missed + away, total + size
+            missed, total = missed + missed_energy(exact, kept[-1]), total + svd.energy
         product = peft.stacked(kept) if len(entry.shape) == 3 else kept[0]
         A, B = peft.part_names(order.name, entry)
         for name, factor in ((A, product.A), (B, product.B)):
@@ -269,16 +267,10 @@ def _record(order: Recombine, spectrum: Spectrum, error: float) -> MatrixRecord:
     )
 
 
-def energies_between(exact: Factors, kept: Factors) -> tuple[float, float]:
-    """Returns ‖BA − B'A'‖_F² and ‖BA‖_F² from the factors alone, in float64: QR of both sides."""
+def missed_energy(exact: Factors, kept: Factors) -> float:
+    """Returns ‖BA − B'A'‖_F² from the factors alone, in float64: QR of both sides."""
     kept = kept.to(torch.float64)
-    both = Factors(torch.cat([exact.B, -kept.B], 1), torch.cat([exact.A, kept.A]))
-    return _energy(both), _energy(exact)
-
-
-def _energy(product: Factors) -> float:
-    R, L = (torch.linalg.qr(side, mode="r").R for side in (product.A.mT, product.B))
-    return energy(L @ R.mT)
+    return product_energy(Factors(torch.cat([exact.B, -kept.B], 1), torch.cat([exact.A, kept.A])))
 
 
 def bias_of_sum(one: Sum) -> torch.Tensor:

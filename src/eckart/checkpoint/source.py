@@ -18,8 +18,8 @@ from eckart.checkpoint.header import DTYPES, TensorInfo
 from eckart.checkpoint.paths import open_regular, printable, read_into
 from eckart.errors import CheckpointError, DtypeError
 
-CHUNK_BYTES = 2**26
-"""Tensors are copied and hashed in pieces of 64 MiB, so that a large one costs no memory."""
+CHUNK_BYTES = 2**22
+"""Tensors are copied and hashed in pieces of 4 MiB, which stay in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Source(ABC):
         return buffer
 
     def chunks(self, name: str) -> Iterator[Tensor]:
-        """Yields the bytes of a tensor in pieces of at most 64 MiB, each as uint8."""
+        """Yields the bytes of a tensor in pieces of at most 4 MiB, each as uint8."""
         size = self.tensors[name].nbytes
         for offset in range(0, size, CHUNK_BYTES):
             piece = torch.empty(min(CHUNK_BYTES, size - offset), dtype=torch.uint8)

@@ -24,7 +24,10 @@ SHORT_SECONDS = 2.0
 """A task of less may run in this process: Python sees a signal when it ends."""
 
 WORTH_SECONDS = 2.0
-"""Work of less in all is done here before workers have been started."""
+"""Work of less in all is not worth starting workers."""
+
+SHARED_SECONDS = 0.1
+"""Work of less in all is not worth sharing out to workers that are there already."""
 
 PRELOADED = ["eckart.execute.preload"]
 """What workers need, loaded once for all of them."""
@@ -114,20 +117,27 @@ class Workers:
         self.alive.clear()
 
     def map(
-        self, unit: Callable[..., Any], tasks: Sequence[Task], title: str = ""
+        self,
+        unit: Callable[..., Any],
+        tasks: Sequence[Task],
+        title: str = "",
+        *,
+        in_order: bool = False,
     ) -> Iterator[tuple[str, Any]]:
         """Calls the unit on every task; yields its name and result, as they are done.
 
         Who watches is told of the stage `title`, and of each task that is done. The longest are
-        begun first. With one worker, and none of them longer than two seconds, or little to do in
-        all, it happens in this process, one after the other; else in processes from a fork server
-        that has torch loaded. `unit`, arguments and results must be picklable. An exception of
-        the unit ends the run and is raised here; a worker that dies is replaced once.
+        begun first, unless `in_order`. With one worker, and none of them longer than two seconds,
+        or little to do in all, it happens in this process, one after the other; else in processes
+        from a fork server that has torch loaded. `unit`, arguments and results must be picklable.
+        An exception of the unit ends the run and is raised here; a worker that dies is replaced
+        once.
         """
-        queue = sorted(tasks, key=lambda task: -task.seconds)
+        queue = [*tasks] if in_order else sorted(tasks, key=lambda task: -task.seconds)
         total = sum(task.seconds for task in queue)
-        longest = queue[0].seconds if queue else 0.0
-        here = longest < SHORT_SECONDS and (self.count == 1 or total < WORTH_SECONDS)
+        longest = max((task.seconds for task in queue), default=0.0)
+        little = total < (SHARED_SECONDS if self.alive or _AHEAD else WORTH_SECONDS)
+        here = longest < SHORT_SECONDS and (self.count == 1 or little)
         self.watch.stage(title, total)
         for task, result in _do(unit, queue) if here else self._share_out(unit, queue[::-1]):
             self.watch.advance(task.seconds)

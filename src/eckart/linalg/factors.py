@@ -15,7 +15,9 @@ from torch import Tensor
 from eckart.errors import NonFiniteError, ShapeError
 from eckart.linalg.arrays import Array, as_tensor
 from eckart.linalg.blocks import row_blocks
-from eckart.linalg.exact import TruncatedSVD, exact_svd
+from eckart.linalg.exact import TruncatedSVD, exact_svd, singular_values
+from eckart.linalg.norms import energy
+from eckart.linalg.spectrum import Spectrum
 from eckart.linalg.truncated import truncated_svd
 
 
@@ -262,29 +264,59 @@ def recompress(
     """Returns the truncated SVD of B·A without forming the product.
 
     QR of B and of Aᵀ, then the exact SVD of the small core R_B R_Aᵀ, in float64. The best
-    approximation of B·A at its rank. Cost: 2(m + n)r² + O(r³) flops; never m×n memory.
+    approximation of B·A at its rank. Cost: 4(m + n)r² + O(r³) flops; never m×n memory.
 
     >>> f = Factors(torch.ones(6, 3), torch.ones(3, 4))
     >>> svd = recompress(f, error=1e-6)
     >>> svd.rank, round(float(svd.s[0]), 4)
     (1, 14.6969)
     """
-    B, A = factors.B.double(), factors.A.double()
-    Qb, Rb = torch.linalg.qr(B)
-    Qa, Ra = torch.linalg.qr(A.mT)
+    (Qb, Rb), (Qa, Ra) = (torch.linalg.qr(side.double()) for side in (factors.B, factors.A.mT))
     core = Rb @ Ra.mT
     if rank is None and energy is None and error is None:
         svd = exact_svd(core, name)
     else:
         svd = truncated_svd(core, rank=rank, energy=energy, error=error, method="exact", name=name)
     dtype = torch.promote_types(factors.B.dtype, torch.float32)
-    m, n = factors.shape
-    known = svd.s if svd.values is None else svd.values  # the product has no others but zeros
+    known = svd.s if svd.values is None else svd.values
     return TruncatedSVD(
         (Qb @ svd.U).to(dtype),
         svd.s.to(dtype),
         (svd.Vh @ Qa.mT).to(dtype),
         svd.energy,
         "core",
-        values=torch.cat([known, known.new_zeros(min(m, n) - len(known))]),
+        values=_with_zeros(known, factors.shape),
     )
+
+
+def product_spectrum(factors: Factors, name: str = "product") -> Spectrum:
+    """Returns all singular values of B·A without forming the product, nor any vector.
+
+    Those of the core of `recompress`, in a fifth of its time.
+
+    >>> product_spectrum(Factors(torch.ones(6, 3), torch.ones(3, 4))).values.round(decimals=4)
+    tensor([14.6969, 0.0000, 0.0000, 0.0000], dtype=torch.float64)
+    """
+    core = _core(factors)
+    values = _with_zeros(singular_values(core, name), factors.shape)
+    return Spectrum(factors.shape, values, energy(core))
+
+
+def product_energy(factors: Factors) -> float:
+    """Returns ‖B·A‖_F² without forming the product: the energy of the core of `recompress`.
+
+    >>> product_energy(Factors(torch.ones(6, 3), torch.ones(3, 4)))  # 24 entries of 3
+    216.0...
+    """
+    return energy(_core(factors))
+
+
+def _core(factors: Factors) -> Float[Tensor, "p q"]:
+    """R_B R_Aᵀ, in float64."""
+    Rb, Ra = (torch.linalg.qr(side.double(), mode="r").R for side in (factors.B, factors.A.mT))
+    return Rb @ Ra.mT
+
+
+def _with_zeros(known: Tensor, shape: tuple[int, int]) -> Tensor:
+    """All values of a product, of which those of its core are known: it has no others but 0."""
+    return torch.cat([known, known.new_zeros(min(shape) - len(known))])

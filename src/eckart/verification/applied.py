@@ -7,17 +7,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from eckart.assemble.application import Add, AddBias, Replace, bias_sum, orders_of, sums
+from eckart.assemble.application import (
+    THREADS,
+    Add,
+    AddBias,
+    Replace,
+    bias_sum,
+    orders_of,
+    rounding,
+    sums_of,
+)
 from eckart.certificate import Certificate, MatrixRecord
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
 from eckart.decompose.request import on_threads
 from eckart.errors import CheckpointError
 from eckart.execute import Task, Workers
-from eckart.formats.adapters import Adapter, Part
-from eckart.linalg.norms import energy
+from eckart.formats.adapters import Adapter
+from eckart.linalg.factors import product_energy
 from eckart.linalg.residual import rounded_up
-from eckart.matrix import Matrix
 from eckart.verification.against import ROUNDING, digests_of
 from eckart.verification.check import Check
 
@@ -34,15 +42,16 @@ class _Measurer:
     written: Source
     sign: int
 
-    def __call__(self, name: str, part: Part, matrix: Matrix) -> float:
+    def __call__(self, order: Add) -> float:
         """Returns ‖W' − (W + s·BA)‖/‖s·BA‖ of the tensor as it is stored."""
-        missed = total = 0.0
-        with on_threads(matrix.shape, None):
-            for index in range(matrix.count):
-                W, found = (matrix.load(s, name, index) for s in (self.base, self.written))
-                for rows, exact, added in sums(W, part.one(index), self.adapter, self.sign):
-                    missed += energy(found[rows].to(exact.dtype) - exact)
-                    total += energy(added)
+        missed, total, start = 0.0, 0.0, 0
+        with on_threads(order.matrix.shape, THREADS):
+            for sums in sums_of(self.base, self.adapter, order, self.sign):
+                for rows, exact in sums:
+                    found = self.written.entries(order.name, start, start + rows.numel())
+                    missed += rounding(exact, found.view_as(rows), order.name)
+                    start += rows.numel()
+                total += product_energy(sums.addition)
         return rounded_up(missed, total)
 
 
@@ -82,7 +91,7 @@ def checks_against_sum(
     yield _check_names(written, certificate, sums_there, {*layout})
     unit = _Measurer(base, adapter.source, written, sign)
     tasks = [
-        Task(name, (name, order.part, order.matrix), order.seconds)
+        Task(name, (order,), order.seconds)
         for name, order in orders.items()
         if isinstance(order, Add)
     ]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eckart.assemble.recombination import Sum, bias_of_sum, energies_between, sums_of
+from eckart.assemble.recombination import Sum, bias_of_sum, missed_energy, sums_of
 from eckart.certificate import Certificate, FactoredEntry, MatrixRecord
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
@@ -15,6 +15,7 @@ from eckart.errors import CheckpointError, PromiseError
 from eckart.execute import Task, Workers
 from eckart.formats import peft
 from eckart.formats.adapters import Adapter
+from eckart.linalg.factors import product_energy
 from eckart.linalg.residual import rounded_up
 from eckart.verification.adapter import (
     check_claims,
@@ -36,11 +37,12 @@ class _Measurer:
 
     def __call__(self, one: Sum, entry: FactoredEntry) -> float:
         """Returns ‖sum − B'A'‖/‖sum‖, over all matrices of a stack."""
-        found = [
-            energies_between(one.factors(i), peft.decode(self.written, one.name, entry, i))
-            for i in range(one.count)
-        ]
-        return rounded_up(sum(away for away, _ in found), sum(size for _, size in found))
+        missed = total = 0.0
+        for index in range(one.count):
+            exact = one.factors(index)
+            kept = peft.decode(self.written, one.name, entry, index)
+            missed, total = missed + missed_energy(exact, kept), total + product_energy(exact)
+        return rounded_up(missed, total)
 
 
 def checks_alone(out: Path, written: Source, certificate: Certificate) -> Iterator[Check]:
