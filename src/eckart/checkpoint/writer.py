@@ -14,7 +14,7 @@ from eckart.checkpoint.lock import LOCK, locked
 from eckart.checkpoint.paths import printable, storage_errors, sync
 from eckart.errors import StaleError, StorageError, UsageError
 
-CERTIFICATE = "eckart.json"
+CERTIFICATE, STATISTICS = "eckart.json", "statistics.json"
 RUN_SUFFIX = ".eckart-work"
 STAGED, REPLACED = "output", "replaced"
 
@@ -144,10 +144,12 @@ def _resolved(path: Path) -> Path:
 
 
 def _is_ours(folder: Path) -> bool:
-    try:
-        return b'"schema":"eckart/' in (folder / CERTIFICATE).read_bytes()
-    except OSError:
-        return False
+    """Whether a folder has a document of ours: every output has one of the two."""
+    for name in (CERTIFICATE, STATISTICS):
+        with suppress(OSError):
+            if b'"schema":"eckart/' in (folder / name).read_bytes():
+                return True
+    return False
 
 
 def _publish(staged: Path, out: Path, old: Path) -> None:
