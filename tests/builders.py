@@ -22,6 +22,18 @@ from torch import Tensor
 from eckart import cli
 from eckart.certificate import _digest
 from eckart.checkpoint.documents import canonical_json
+from eckart.checkpoint.opening import open_source
+from eckart.checkpoint.statistics import (
+    Curvature,
+    Document,
+    Group,
+    Moments,
+    Origin,
+    Statistics,
+    Text,
+    write_statistics,
+)
+from eckart.families import matrices
 from eckart.linalg.matrices import matrix_with_spectrum, named_generator
 
 WEIGHTS = "model.safetensors"
@@ -114,6 +126,54 @@ def write_checkpoint(
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "tokenizer.json").write_text('{"version": "1.0"}', encoding="utf-8")
     return folder
+
+
+def second_moment(name: str, width: int, samples: int) -> Tensor:
+    """E[x xᵀ] of so many Gaussian vectors, float32, the same one for the same name."""
+    x = torch.randn(samples, width, dtype=torch.float64, generator=named_generator(7, name))
+    x *= torch.arange(1, width + 1) ** -0.5
+    return (x.mT @ x / samples).float()
+
+
+def write_moments(
+    folder: Path,
+    src: Path,
+    *,
+    curvature: Curvature = "full",
+    tokens: int = 500,
+    without: tuple[str, ...] = (),
+    changes: Mapping[str, Tensor] | None = None,
+) -> Statistics:
+    """Writes statistics of a checkpoint's matrices, as if it had been run on some text.
+
+    Of unlike size and direction from matrix to matrix; `changes` are other tensors than those.
+    """
+    source, groups, known = open_source(src), dict[str, Group](), dict[str, Moments]()
+    tensors: dict[str, Tensor] = {}
+    for name, matrix in matrices(source)[0].items():
+        if name in without:
+            continue
+        (m, n), scale = matrix.shape, float(torch.rand(1, generator=named_generator(8, name))) + 0.1
+        groups[name] = Group(width=n, rows=tokens)
+        known[name] = Moments(shape=(m, n), groups=[name], curvature=curvature, count=matrix.count)
+        tensors[f"{name}.C"] = second_moment(f"C of {name}", n, tokens)
+        G = [second_moment(f"G{i} of {name}", m, tokens) * scale for i in range(matrix.count)]
+        parts = torch.stack([one.diagonal() if curvature == "diagonal" else one for one in G])
+        if curvature != "none":
+            tensors[f"{name}.G"] = parts if matrix.count > 1 else parts[0].clone()
+    document = Document(
+        model=Origin(name=source.name, fingerprint=source.fingerprint()),
+        text=Text(name="text.txt", digest="0" * 64),
+        tokens=tokens,
+        loss=None,
+        curvature=curvature,
+        options={},
+        versions={},
+        groups=groups,
+        matrices=known,
+    )
+    folder.mkdir(parents=True)
+    return write_statistics(folder, document, tensors | dict(changes or {}))
 
 
 def write_raw(path: Path, header: bytes | Mapping[str, Any], data: bytes = b"") -> Path:

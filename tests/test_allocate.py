@@ -12,6 +12,7 @@ import torch
 
 from eckart.allocate import (
     POLICIES,
+    AutoRank,
     Choice,
     Energy,
     FixedRank,
@@ -85,8 +86,8 @@ UNITS = {"keep": parameters, "size": stored_bytes}
 """The unit of every global budget."""
 
 
-def worth(item: Item, known: Spectrum, rank: int | None) -> float:
-    size = item.count * math.prod(item.shape)
+def worth(item: Item, known: Spectrum, rank: int | None, in_nats: bool = False) -> float:
+    size = known.energy / 2 if in_nats else item.count * math.prod(item.shape)
     if rank is None or known.energy == 0:
         return size
     return size * (1 - float(known.values[rank:].square().sum()) / known.energy)
@@ -112,7 +113,8 @@ class Problem:
     def points(self, name: str) -> list[tuple[int, float]]:
         """What each option costs and is worth."""
         item, known = self.items[name], self.spectra[name]
-        return [(self.price(name, r), worth(item, known, r)) for r in self.options(name)]
+        nats = self.terms.in_nats
+        return [(self.price(name, r), worth(item, known, r, nats)) for r in self.options(name)]
 
     @property
     def fixed(self) -> int:
@@ -148,7 +150,7 @@ class Problem:
 
     def worth(self, choices: Mapping[str, Choice]) -> float:
         return sum(
-            worth(self.items[name], known, choices[name].rank)
+            worth(self.items[name], known, choices[name].rank, self.terms.in_nats)
             for name, known in self.spectra.items()
         )
 
@@ -193,19 +195,21 @@ def problem(
     seed: int = 0,
     shapes: tuple[tuple[int, int], ...] = ((24, 20), (18, 28), (32, 12)),
     counts: tuple[int, ...] = (1, 2, 3),
+    in_nats: bool = False,
 ) -> Problem:
     """Some matrices and stacks of random spectra beside one that never pays, and other tensors."""
     items = {
         f"m{i}": Item(shape, counts[(i + seed) % len(counts)]) for i, shape in enumerate(shapes)
     }
     spectra = {name: spectrum(item.shape, seed + i) for i, (name, item) in enumerate(items.items())}
-    terms = Terms(form, align, rest_bytes=1001)  # type: ignore[arg-type]
+    terms = Terms(form, align, rest_bytes=1001, in_nats=in_nats)  # type: ignore[arg-type]
     return Problem(unit, terms, items | {"vector": Item((1, 90))}, spectra)
 
 
 every_unit = pytest.mark.parametrize("unit", UNITS)
 every_form = pytest.mark.parametrize("form", FORMS)
 every_align = pytest.mark.parametrize("align", ALIGNS)
+every_currency = pytest.mark.parametrize("in_nats", [False, True], ids=["shares", "nats"])
 
 
 def test_every_policy_has_examples_here():
@@ -427,16 +431,48 @@ def test_a_rank_that_is_no_multiple_of_align_is_refused(rank):
             FixedRank(rank).check(ITEMS, Terms("ba", align))
 
 
+def test_what_is_barred_stays_dense_under_every_policy():
+    """Its limit is 0 whatever the policy, and a budget pays for it in full."""
+    known = {"m": spectrum((24, 16), values=[1.0] + [0.0] * 15)}
+    items = {"m": Item((24, 16)), "barred": Item((24, 16), known_rank=3, barred="dense: why")}
+
+    for policy in [*ALL, AutoRank()]:
+        for form in FORMS:
+            assert policy.limit(items["barred"], Terms(form)) == 0
+    with pytest.raises(UsageError, match=r"cannot be reached: rank 1 everywhere keeps 0\.5521"):
+        Keep(0.5).check(items, Terms())
+    assert Keep(0.56).choose(items, known, Terms())["m"].rank == 1
+
+
+def test_in_nats_the_scale_of_a_matrix_counts_and_as_a_share_it_does_not():
+    """Twice the singular values are four times the loss; of its own energy each loses as much."""
+    values = [1.0 / i for i in range(1, 25)]
+    known = {
+        "loud": spectrum((24, 24), values=[2 * value for value in values]),
+        "quiet": spectrum((24, 24), values=values),
+    }
+    nats, shares = (
+        Keep(0.5).choose(items_of(known), known, Terms("pivoted", in_nats=in_nats))
+        for in_nats in (True, False)
+    )
+
+    assert nats["loud"].rank > nats["quiet"].rank
+    assert abs(shares["loud"].rank - shares["quiet"].rank) <= 1
+
+
 # The global budgets.
 
 
 @every_unit
 @every_form
 @every_align
+@every_currency
 @pytest.mark.parametrize("seed", range(3))
-def test_a_budget_is_never_exceeded_and_what_is_left_buys_nothing_more(seed, align, form, unit):
+def test_a_budget_is_never_exceeded_and_what_is_left_buys_nothing_more(
+    seed, in_nats, align, form, unit
+):
     """Every tensor counted: no single matrix could have more for what is left."""
-    given = problem(unit, form, align, seed)
+    given = problem(unit, form, align, seed, in_nats=in_nats)
     for budget in given.budgets(0, 0.1, 0.3, 0.5, 0.7, 0.9):
         choices = given.solve(budget)
         left = budget - given.spent(choices)
@@ -445,7 +481,7 @@ def test_a_budget_is_never_exceeded_and_what_is_left_buys_nothing_more(seed, ali
         for name, choice in choices.items():
             now = (
                 given.price(name, choice.rank),
-                worth(given.items[name], given.spectra[name], choice.rank),
+                worth(given.items[name], given.spectra[name], choice.rank, in_nats),
             )
             better = [price for price, value in given.points(name) if value > now[1]]
             assert all(price - now[0] > left for price in better)
@@ -454,10 +490,13 @@ def test_a_budget_is_never_exceeded_and_what_is_left_buys_nothing_more(seed, ali
 @every_unit
 @every_form
 @every_align
+@every_currency
 @pytest.mark.parametrize("seed", range(4))
-def test_a_budget_is_spent_as_well_as_by_brute_force_but_for_one_step(seed, align, form, unit):
+def test_a_budget_is_spent_as_well_as_by_brute_force_but_for_one_step(
+    seed, in_nats, align, form, unit
+):
     """Never better (it cannot be), never worse than by the largest step of a concave hull."""
-    given = problem(unit, form, align, seed)
+    given = problem(unit, form, align, seed, in_nats=in_nats)
     for budget in given.budgets(0, 0.2, 0.5, 0.8, 1):
         choices, best = given.solve(budget), given.brute_force(budget)
 

@@ -15,12 +15,12 @@ from eckart.checkpoint.documents import canonical_json
 from eckart.errors import CheckpointError
 
 KEYS = """
-schema kind digest source base adapter merged options versions files matrices copied tied refitted
-stored_whole lost unchanged factored loss totals change remarks run
+schema kind digest source base adapter statistics merged options versions files matrices copied tied
+refitted stored_whole lost unchanged factored loss totals change remarks run
 """
 MATRIX_KEYS = """
 name shape dtype orientation rank form parameters bytes relative_error excess_estimate optimum
-output_error metric method tail energy_share
+output_error metric metric_error loss method tail energy_share
 """
 
 

@@ -22,6 +22,7 @@ from eckart.checkpoint.tensor_file import SHARD_BYTES
 from eckart.checkpoint.writer import check_output, new_output
 from eckart.compression import (
     check_room,
+    check_statistics,
     choose,
     decompose_all,
     work_folder,
@@ -37,6 +38,7 @@ from eckart.planning import (
     check_device,
     expert_remarks,
     find_targets,
+    inputs_of,
     open_dense,
     policy_of,
     resources_for,
@@ -75,6 +77,7 @@ def plan(
     out: PathLike | None = None,
     form: Form = "ba",
     align: int = 1,
+    statistics: PathLike | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     dtype: str | None = None,
@@ -98,10 +101,11 @@ def plan(
         exclude=exclude,
         dtype=dtype,
         allow_pickle=allow_pickle,
+        statistics=Path(statistics) if statistics else None,
     )
     resources_for(targets, workers=workers, threads=threads)
     if out is not None:
-        check_output(Path(out), inputs=[targets.source.path], force=force)
+        check_output(Path(out), inputs=inputs_of(targets), force=force)
     return Plan(
         [_planned(name, targets) for name in targets.items],
         {**targets.copied, **{name: f"tied to {to}" for name, to in targets.tied.items()}},
@@ -120,6 +124,7 @@ def compress(
     size: int | None = None,
     form: Form = "ba",
     align: int = 1,
+    statistics: PathLike | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     dtype: str | None = None,
@@ -137,7 +142,11 @@ def compress(
     """Factors the matrices of a checkpoint, writes it in format 1, and returns its certificate.
 
     Exactly one of `rank`, `energy`, `error`, `keep` and `size` chooses the ranks. A matrix that
-    does not pay is copied, and the certificate says so. `out` appears whole or not at all. A run
+    does not pay is copied, and the certificate says so. With `statistics` (a folder that
+    `calibrate` wrote, of this very model) matrices are approximated for the inputs that they see
+    and the loss that they cost: see `eckart.linalg.metric.Metric`; `energy` and `error` are then
+    shares in that metric, and a budget is spent where it saves most nats per token; a matrix
+    without statistics is copied. `out` appears whole or not at all. A run
     that was stopped goes on where it was when it is called again; with `work` (a folder) or
     `keep_work` its decompositions stay, and serve another budget in seconds.
 
@@ -156,10 +165,12 @@ def compress(
         exclude=exclude,
         dtype=dtype,
         allow_pickle=allow_pickle,
+        statistics=Path(statistics) if statistics else None,
     )
     count = resources_for(targets, workers=workers, threads=threads)
     source, target, named = targets.source, Path(out), Path(work) if work else None
-    check_output(target, inputs=[source.path], force=force)
+    inputs = inputs_of(targets)
+    check_output(target, inputs=inputs, force=force)
     check_room(targets, target, named)
     options: Options = {
         policy.name: policy.value,
@@ -172,12 +183,22 @@ def compress(
         "device": device,
         "threads": threads,
     }
-    with new_output(target, inputs=[source.path], force=force) as run:
-        job = Job(source, run.staged, seed, options, shard_bytes, threads, count)
-        with (
-            work_folder(run, named, job, targets) as work_done,
-            Workers(count, progress or Silent()) as crew,
-        ):
+    with (
+        new_output(target, inputs=inputs, force=force) as run,
+        Workers(count, progress or Silent()) as crew,
+    ):
+        job = Job(
+            source,
+            run.staged,
+            seed,
+            options,
+            shard_bytes,
+            threads,
+            count,
+            statistics=targets.statistics,
+        )
+        job = check_statistics(job, crew)
+        with work_folder(run, named, job, targets) as work_done:
             decompose_all(work_done, targets, job, crew)
             choices = choose(work_done, targets, job, crew)
             certificate = write_factored(work_done, choices, targets, job, crew)
@@ -221,6 +242,7 @@ def verify(
     against: PathLike | Sequence[PathLike] | None = None,
     *,
     base: PathLike | None = None,
+    statistics: PathLike | None = None,
     workers: int | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -231,6 +253,7 @@ def verify(
         Path(out),
         [Path(path) for path in sources],
         base=None if base is None else Path(base),
+        statistics=None if statistics is None else Path(statistics),
         workers=workers,
         allow_pickle=allow_pickle,
         watch=progress,
@@ -283,7 +306,7 @@ def _planned(name: str, targets: Targets) -> PlannedMatrix:
     stored, dense = targets.matrices[name].stored, item.dense_parameters
     limit = policy.limit(item, terms)
     if limit == 0:
-        reason = policy.refusal(item, terms)
+        reason = targets.refused[name].reason
         return PlannedMatrix(name, stored, (0, 0), (dense, dense), reason)
     smallest = limit if policy.name == "rank" else terms.align
     after = min(item.parameters(limit, terms.form), dense)

@@ -19,6 +19,7 @@ SCHEMA = "eckart/1"
 CERTIFICATE_BYTES = 2**28
 
 Form = Literal["ba", "pivoted", "dense"]
+MetricName = Literal["frobenius", "inputs", "curvature", "diagonal curvature"]
 Kind = Literal["factored", "dense", "adapter", "applied", "merged"]
 Options = dict[str, str | int | float | bool | list[str] | None]
 Pair = tuple[int, int]  # before, after
@@ -43,6 +44,14 @@ class SourceRecord(Document, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     fingerprint: str
 
 
+class StatisticsRecord(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The statistics whose metric the matrices were approximated in."""
+
+    name: str
+    digest: str
+    tokens: int
+
+
 class OutputError(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Wx + b against the factors' on seeded Gaussian inputs, in float64."""
 
@@ -63,11 +72,13 @@ class MatrixRecord(Document, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     bytes: Pair
     relative_error: float
     excess_estimate: float
-    optimum: float | None  # the Eckart–Young error at this rank, if all values are known
+    optimum: float | None  # the Eckart–Young error in the metric, if all values are known
     output_error: OutputError | None  # null where nothing is left to be used: rank 0
-    metric: Literal["frobenius"]
+    metric: MetricName
     method: str
-    tail: list[tuple[int, float]]  # (rank, remaining share of the energy)
+    tail: list[tuple[int, float]]  # (rank, remaining share of the energy), in the metric
+    metric_error: float | None = None  # ‖Lᵀ(W − BA)R‖_F/‖LᵀWR‖_F, in another metric …
+    loss: float | None = None  # … and ½‖Lᵀ(W − BA)R‖_F², where that is in nats per token
     energy_share: float | None = None  # of an adapter's: its share of ‖tuned − base‖²
 
 
@@ -123,11 +134,11 @@ class Totals(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Loss(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Loss increase in nats per token; null where nothing was measured."""
+    """Loss increase in nats per token; null where nothing was predicted, or measured."""
 
-    predicted: float | None = None
+    predicted: float | None = None  # the sum of the matrices' own: the picture near the start
     measured: float | None = None
-    tokens: int | None = None
+    tokens: int | None = None  # that it was measured on
 
 
 class Run(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -148,6 +159,7 @@ class Certificate(Document, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     source: SourceRecord
     base: SourceRecord | None = None  # what an adapter is added to
     adapter: SourceRecord | None = None  # what was added to the source
+    statistics: StatisticsRecord | None = None  # null: matrices in the Frobenius norm
     merged: list[SourceRecord] = []  # adapters that were added up, or the one that was resized
     options: Options
     versions: dict[str, str]

@@ -6,6 +6,7 @@ Knows the order of things and what stays behind when one of them fails.
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from eckart.allocate import Choice
@@ -22,10 +23,17 @@ from eckart.checkpoint.writer import OutputRun, check_space
 from eckart.decompose import Decomposer
 from eckart.decompose.request import seconds_for, threads_for
 from eckart.decompose.work import PARTS, Work, identity_of, open_work
-from eckart.errors import EckartError, LossError, ResourceError, StorageError
+from eckart.errors import (
+    CheckpointError,
+    EckartError,
+    LossError,
+    ResourceError,
+    StorageError,
+)
 from eckart.execute import Progress, Task, Workers
 from eckart.formats.factored import quantization_config
 from eckart.planning import Targets
+from eckart.verification.against import digests_of
 
 WORTH_KEEPING = 10.0
 """Seconds of decomposing after which the parts outlive an error of the input."""
@@ -57,6 +65,7 @@ def work_folder(run: OutputRun, named: Path | None, job: Job, targets: Targets) 
         threads=job.threads,
         device=str(job.options["device"]),
         versions=versions(),
+        statistics=job.statistics,
     )
     folder, began = named or run.folder, time.monotonic()
     with locked(named) if named else nullcontext():
@@ -78,17 +87,39 @@ def work_folder(run: OutputRun, named: Path | None, job: Job, targets: Targets) 
             raise
 
 
+def check_statistics(job: Job, workers: Workers) -> Job:
+    """Returns the job, its source hashed; CheckpointError if the statistics are another model's.
+
+    Only the weights tell: they are read once more than without statistics, and hashed once.
+    """
+    source, statistics = job.source, job.statistics
+    if statistics is None:
+        return job
+    digests = digests_of(source, source.tensors, workers)
+    if source.fingerprint(digests) != statistics.fingerprint:
+        raise CheckpointError(
+            f"the statistics in {printable(statistics.folder)} are of another model "
+            f"({printable(statistics.document.model.name)}) than {printable(source.path)}, or of "
+            "other weights: calibrate this one."
+        )
+    hashed = replace(source, known=digests)
+    source.check_unchanged()
+    return replace(job, source=hashed)
+
+
 def decompose_all(work: Work, targets: Targets, job: Job, workers: Workers) -> None:
     """Decomposes what no kept part serves; every result is in the journal when it is counted."""
     missing = work.missing(targets.requests)
     _say_what_is_kept(work, [*missing], len(targets.requests), workers.watch)
-    unit = Decomposer(job.source, work.digest, job.seed, str(job.options["device"]), job.threads)
+    device, statistics = str(job.options["device"]), job.statistics
+    unit = Decomposer(job.source, work.digest, job.seed, device, job.threads, statistics)
     parts, tasks = work.parts(missing), list[Task]()
     for name, request in missing.items():
         matrix = targets.matrices[name]
         threads = job.threads or threads_for(matrix.shape)
         arguments = (name, matrix, request, parts[name])
-        tasks.append(Task(name, arguments, seconds_for(matrix, request, threads)))
+        seconds = seconds_for(matrix, request, threads, weighted=statistics is not None)
+        tasks.append(Task(name, arguments, seconds))
     for _, result in workers.map(unit, tasks, "decomposing"):
         work.record(result)
     job.source.check_unchanged()
@@ -118,7 +149,7 @@ def choose(work: Work, targets: Targets, job: Job, workers: Workers) -> dict[str
     }
     promised = policy.allowed is not None and not (terms.additive and policy.allowed == 0)
     if promised or terms.form == "auto":  # of an addition, all that can be had is no promise
-        settler = Settler(job.source, policy, terms, job.threads)
+        settler = Settler(job.source, policy, terms, job.threads, job.statistics)
         tasks = [Task(name, (case,), case.seconds) for name, case in cases.items()]
         chosen |= dict(workers.map(settler, tasks, "measuring"))
     return {**targets.refused, **failed, **chosen}

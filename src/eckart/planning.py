@@ -4,7 +4,7 @@ Everything that headers and options can refuse is refused here, before a weight 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,19 +14,28 @@ from eckart.assemble.checkpoints import check_names
 from eckart.assemble.measurement import item_of
 from eckart.assemble.sidecars import check_config
 from eckart.certificate import read_certificate
+from eckart.checkpoint.documents import read_json
 from eckart.checkpoint.header import DTYPES
 from eckart.checkpoint.opening import open_source
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
+from eckart.checkpoint.statistics import Statistics, open_statistics
 from eckart.checkpoint.writer import CERTIFICATE
 from eckart.decompose import Request
 from eckart.decompose.request import part_bytes, peak_bytes
+from eckart.decompose.weighting import check_shape
 from eckart.errors import CheckpointError, InputError, ResourceError, UsageError
 from eckart.execute import free_in_process, free_memory, workers_for
-from eckart.families import FLOATING, is_routed_expert, matrices
+from eckart.families import FLOATING, GENERATING, is_routed_expert, matrices
 from eckart.matrix import Matrix
 
 TIED = "tied to "
+
+WITHOUT_STATISTICS = (
+    "Without --statistics every matrix is as near to its weights as its rank allows, whatever the "
+    "model does with them, and that costs a language model far more than it must: eckart "
+    "calibrate MODEL --text FILE -o S, then compress with --statistics S."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,7 @@ class Targets:
     copied: Mapping[str, str]  # every other tensor, and why
     tied: Mapping[str, str]
     dtypes: Mapping[str, str]  # of the factors, by tensor
+    statistics: Statistics | None = None  # whose metric the matrices are approximated in
 
     @property
     def requests(self) -> dict[str, Request]:
@@ -57,7 +67,7 @@ class Targets:
     def refused(self) -> dict[str, Choice]:
         """The matrices for which no rank is wanted, and why."""
         return {
-            name: Choice(None, self.policy.refusal(item, self.terms))
+            name: Choice(None, item.barred or self.policy.refusal(item, self.terms))
             for name, item in self.items.items()
             if self.policy.limit(item, self.terms) == 0
         }
@@ -65,7 +75,7 @@ class Targets:
     @property
     def remarks(self) -> list[str]:
         """What a reader of the plan, or of the result, should know."""
-        return expert_remarks(self.matrices)
+        return [*expert_remarks(self.matrices), *statistics_remarks(self)]
 
     @property
     def output_bytes(self) -> int:
@@ -122,9 +132,11 @@ def find_targets(
     exclude: Sequence[str],
     dtype: str | None,
     allow_pickle: bool,
+    statistics: Path | None = None,
 ) -> Targets:
     """Returns the targets of a request; raises whatever headers and options can show is wrong."""
     check_align(align)
+    known = None if statistics is None else open_statistics(statistics)
     stored, source = stored_dtype(dtype), open_dense(path, allow_pickle=allow_pickle)
     check_config(source)
     found, reasons = matrices(source, include=include, exclude=exclude)
@@ -138,19 +150,32 @@ def find_targets(
         name: item_of(source.tensors[name], matrix, stored or source.tensors[name].dtype)
         for name, matrix in found.items()
     }
+    if known is not None:
+        items |= barred_items(items, found, known)
     settled: Form = "ba" if form == "auto" and not policy.is_budget else form
     rest = sum(source.tensors[name].nbytes for name in copied)
     dtypes = {name: stored or source.tensors[name].dtype for name in found}
-    terms = Terms(settled, align, rest)
-    targets = Targets(source, policy, terms, stored, found, items, copied, tied, dtypes)
+    terms = Terms(settled, align, rest, in_nats=known is not None and is_in_nats(items, known))
+    targets = Targets(source, policy, terms, stored, found, items, copied, tied, dtypes, known)
     policy.check(items, targets.terms)
     return targets
+
+
+def inputs_of(targets: Targets) -> list[Path]:
+    """Returns the folders that are read, which no output may touch."""
+    statistics = targets.statistics
+    return [targets.source.path, *([statistics.folder] if statistics else [])]
 
 
 def resources_for(targets: Targets, *, workers: int | None, threads: int | None) -> int:
     """Returns how many workers decompose, so that each has its threads and its memory."""
     peaks = {
-        name: peak_bytes(targets.matrices[name], request, targets.items[name].dense_itemsize)
+        name: peak_bytes(
+            targets.matrices[name],
+            request,
+            targets.items[name].dense_itemsize,
+            weighted=targets.statistics is not None,
+        )
         for name, request in targets.requests.items()
     }
     return spread(peaks, targets.matrices, workers=workers, threads=threads)
@@ -259,3 +284,67 @@ def expert_remarks(names: Mapping[str, Matrix]) -> list[str]:
         f"{count} of the matrices are routed experts: loaders rebuild them dense, so factoring "
         "them makes the files smaller, not the model in memory."
     ]
+
+
+def barred_items(
+    items: Mapping[str, Item], matrices: Mapping[str, Matrix], statistics: Statistics
+) -> dict[str, Item]:
+    """Returns the items that stay dense because the statistics say nothing of them, and why.
+
+    CheckpointError where they speak of none at all, or of a matrix of another shape.
+    """
+    known = statistics.document.matrices
+    for name in items.keys() & known.keys():
+        check_shape(statistics, name, matrices[name])
+    reasons = {row.name: f" ({row.reason})" for row in statistics.document.left_out}
+    barred = {
+        name: replace(item, barred=f"dense: no statistics of it{reasons.get(name, '')}")
+        for name, item in items.items()
+        if name not in known
+    }
+    if len(barred) == len(items):
+        raise CheckpointError(
+            f"{printable(statistics.folder)} holds no statistics of any matrix that is to be "
+            "factored: calibrate this model."
+        )
+    return barred
+
+
+def is_in_nats(items: Mapping[str, Item], statistics: Statistics) -> bool:
+    """Returns whether every matrix that is not barred has the loss's curvature."""
+    known = statistics.document.matrices
+    return all(item.barred or known[name].curvature != "none" for name, item in items.items())
+
+
+def statistics_remarks(targets: Targets) -> list[str]:
+    """Returns what the statistics leave in doubt, or what it costs to have none."""
+    if targets.statistics is None:
+        return [WITHOUT_STATISTICS] if _is_language_model(targets.source) else []
+    document, names = targets.statistics.document, targets.requests
+    short: dict[str, tuple[int, int]] = {}
+    for name in names:
+        known = document.matrices[name]
+        width = max(known.shape) if known.curvature == "full" else known.shape[1]
+        rows = min(document.groups[group].rows for group in known.groups)
+        if rows < width:
+            short[name] = rows, width
+    remarks = [*document.remarks]
+    if short:
+        name = max(short, key=lambda name: short[name][1] / max(short[name][0], 1))
+        rows, width = short[name]
+        remarks.append(
+            f"{len(short)} of {len(names)} matrices are wider than the tokens that their "
+            f"statistics saw, {printable(name)} for one {width} wide, with {rows}: the directions "
+            "that they took say little of any other text. Calibrate on more."
+        )
+    return remarks
+
+
+def _is_language_model(source: Source) -> bool:
+    """By the architectures that config.json names."""
+    if source.folder is None or not (source.folder / "config.json").exists():
+        return False
+    architectures = read_json(source.folder / "config.json").get("architectures")
+    return isinstance(architectures, list) and any(
+        str(one).endswith(GENERATING) for one in architectures
+    )

@@ -29,8 +29,8 @@ class Menu:
     def of(cls, item: Item, spectrum: Spectrum, terms: Terms, price: Price) -> "Menu":
         """Returns what each rank that pays costs, and is worth: mn·Σ_{i≤r} σᵢ²/‖W‖_F².
 
-        A tail below `NOTHING` is worth nothing, so that an exactly low-rank matrix is factored
-        whatever the budget.
+        In nats it is worth Σ_{i≤r} σᵢ²/2. A tail below `NOTHING` is worth nothing, so that an
+        exactly low-rank matrix is factored whatever the budget.
         """
         if terms.additive:
             return cls._additive(item, spectrum, terms, price)
@@ -38,10 +38,10 @@ class Menu:
         paying = [r for r in range(terms.align, largest + 1, terms.align) if price(item, r) < dense]
         ranks = np.array(paying, int)  # a wide dtype or a permutation may cost more than it saves
         lost = spectrum.tails.numpy()[ranks] / (spectrum.energy or 1.0)
-        size = item.dense_parameters
-        worths = size * (1 - np.where(lost > NOTHING, lost, 0.0))
+        whole = spectrum.energy / 2 if terms.in_nats else item.dense_parameters
+        worths = whole * (1 - np.where(lost > NOTHING, lost, 0.0))
         costs = [price(item, int(rank)) for rank in ranks]
-        return cls(ranks, np.array([*costs, dense], float), np.append(worths, size))
+        return cls(ranks, np.array([*costs, dense], float), np.append(worths, whole))
 
     @classmethod
     def _additive(cls, item: Item, spectrum: Spectrum, terms: Terms, price: Price) -> "Menu":

@@ -33,6 +33,7 @@ class Item:
     dense_itemsize: int = 4  # bytes per entry in the source …
     itemsize: int = 4  # … and of the factors
     known_rank: int | None = None  # above rounding, where it was looked for
+    barred: str = ""  # why it stays dense, whatever the policy
 
     @property
     def dense_parameters(self) -> int:
@@ -68,12 +69,15 @@ class Terms:
     align: int = 1
     rest_bytes: int = 0  # of the tensors that are no matrices
     additive: bool = False  # an adapter: rank 0 says nothing changed, and dense is no choice
+    in_nats: bool = False  # ½σᵢ² is a loss in nats per token, of every matrix
 
     def largest(self, item: Item) -> int:
         """Returns the largest rank that pays, in multiples of `align`; 0 if none.
 
         In an adapter any rank pays; a matrix with fewer rows than `align` takes what it has.
         """
+        if item.barred:
+            return 0
         if self.additive:
             return min(item.shape) // self.align * self.align or min(item.shape)
         return paying_rank(item.shape, self.form) // self.align * self.align

@@ -103,7 +103,7 @@ class AutoRank(RankPolicy):
 
     def limit(self, item: Item, terms: Terms) -> int:
         """The rank that was found; 0 if it is all rounding."""
-        return item.known_rank or 0
+        return 0 if item.barred else item.known_rank or 0
 
     def refusal(self, item: Item, terms: Terms) -> str:
         """Why rank 0."""
@@ -181,10 +181,11 @@ class RelativeError(RankPolicy):
 class Budget(RankPolicy):
     """A global budget over all targeted matrices, in some unit.
 
-    Keeping component i of a matrix is worth mn·σᵢ²/‖W‖_F² (what a matrix loses counts in
-    proportion to its size) and costs its unit; *dense* is among the choices. What was added to a
-    matrix is worth its energy, σᵢ², and *nothing* is among the choices. One Lagrange
-    multiplier, bisected, then a greedy fill of what is left. Never above the budget.
+    Keeping component i of a matrix is worth σᵢ²/2 nats per token where the metric has the loss's
+    curvature, else mn·σᵢ²/‖W‖_F² (what a matrix loses counts in proportion to its size), and costs
+    its unit; *dense* is among the choices. What was added to a matrix is worth its energy, σᵢ²,
+    and *nothing* is among the choices. One Lagrange multiplier, bisected, then a greedy fill of
+    what is left. Never above the budget.
     """
 
     value: float
@@ -237,7 +238,7 @@ class Budget(RankPolicy):
         menus = {
             name: Menu.of(items[name], spectrum, terms, price) for name, spectrum in spectra.items()
         }
-        if terms.additive:  # to worths of the size that the others have
+        if terms.additive or terms.in_nats:  # to worths of the size that the others have
             energy = sum(spectrum.energy for spectrum in spectra.values())
             menus = {
                 name: menu.scaled(_total(items) / (energy or 1.0)) for name, menu in menus.items()

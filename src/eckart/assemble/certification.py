@@ -1,5 +1,6 @@
 """The certificate over everything that stands in the staged folder."""
 
+import math
 import platform
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -17,10 +18,12 @@ from eckart.certificate import (
     FactoredEntry,
     FileRecord,
     Kind,
+    Loss,
     MatrixRecord,
     Row,
     Run,
     SourceRecord,
+    StatisticsRecord,
     TiedRow,
     Totals,
 )
@@ -51,6 +54,7 @@ def certify(job: Job, kind: Kind, accounts: Accounts, filled: Iterable[Filled]) 
     certificate = Certificate(
         kind=kind,
         source=SourceRecord(name=source.name, fingerprint=source.fingerprint(digests)),
+        statistics=_statistics(job),
         options=job.options,
         versions=versions(),
         files=file_records(job.staged),
@@ -58,12 +62,32 @@ def certify(job: Job, kind: Kind, accounts: Accounts, filled: Iterable[Filled]) 
         copied=[Row(name=name, reason=why) for name, why in sorted(accounts.copied.items())],
         tied=[TiedRow(name=name, to=to) for name, to in sorted(accounts.tied.items())],
         factored=dict(accounts.entries),
+        loss=Loss(predicted=predicted_loss(records)),
         totals=count_totals(source, written, records, accounts),
         remarks=[*accounts.remarks],
         run=run_of(job),
     )
     write_file(job.staged / CERTIFICATE, certificate.encode())
     return certificate
+
+
+def predicted_loss(records: Iterable[MatrixRecord]) -> float | None:
+    """Returns the sum of what the matrices lose, in nats per token; None if one of them says not.
+
+    Second order, one matrix at a time: near the start it holds, and understates what follows.
+    """
+    losses = [record.loss for record in records]
+    known = [loss for loss in losses if loss is not None]
+    return math.fsum(known) if known and len(known) == len(losses) else None
+
+
+def _statistics(job: Job) -> StatisticsRecord | None:
+    if job.statistics is None:
+        return None
+    folder = job.statistics.folder
+    return StatisticsRecord(
+        name=folder.resolve().name, digest=job.statistics.digest, tokens=job.statistics.tokens
+    )
 
 
 def file_records(

@@ -31,7 +31,16 @@ class Assembly:
     def begin(self, job: Job) -> tuple[Filler, TensorFiles]:
         """Lays the files out in the staged folder; returns the unit that fills them, and them."""
         files = lay_out_checkpoint(job.staged, self.layout, job.shard_bytes)
-        return Filler(job.source, job.source, files, self.layout, job.seed, job.threads), files
+        filler = Filler(
+            job.source,
+            job.source,
+            files,
+            self.layout,
+            job.seed,
+            job.threads,
+            statistics=job.statistics,
+        )
+        return filler, files
 
 
 def factored_assembly(

@@ -16,14 +16,17 @@ from eckart.certificate import FactoredEntry, MatrixRecord
 from eckart.checkpoint.header import DTYPES, TensorInfo
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Checkpoint, Source, bytes_of
+from eckart.checkpoint.statistics import Statistics
 from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout
 from eckart.decompose import Decomposition
 from eckart.decompose.request import FLOPS, on_threads, threads_for
+from eckart.decompose.weighting import Metrics
 from eckart.errors import CheckpointError, NonFiniteError, PromiseError
 from eckart.formats import FORMATS, FormatName, dense, factored, peft
 from eckart.formats.factored import Product
 from eckart.linalg.arrays import check_finite
 from eckart.linalg.factors import pivot
+from eckart.linalg.metric import Metric
 from eckart.matrix import Matrix
 
 BYTES_PER_SECOND = 1e9
@@ -100,6 +103,7 @@ class Filler:
     seed: int
     threads: int | None = None
     format: FormatName = "factored"
+    statistics: Statistics | None = None  # what the parts were decomposed with
 
     def __call__(self, order: Order) -> Filled:
         """Reads, writes, reads back and measures. Peak memory: one matrix, and two copies of it."""
@@ -121,6 +125,7 @@ class Filler:
         matrix, crc, form = factored.matrix_of(entry), 0, FORMATS[self.format]
         together = matrix.is_stack and self.format == "peft"  # its B lies across the experts
         written = self._written(form.layout(name, entry, order.dtype))
+        metrics = Metrics(self.statistics, name)
 
         def pairs() -> Iterator[tuple[Tensor, Product]]:
             nonlocal crc
@@ -129,7 +134,7 @@ class Filler:
                 stored = self.source.load(name, index, index + 1 if matrix.is_stack else None)
                 crc = zlib.crc32(bytes_of(stored), crc)
                 W = matrix.read(stored)
-                made.append(product_of(known, W, entry, order.dtype, index))
+                made.append(product_of(known, W, entry, order.dtype, index, metrics(index)))
                 if not together:
                     self._write(order, made.pop(), index)
                     yield W, form.decode(written, name, entry, index)
@@ -140,7 +145,7 @@ class Filler:
                     yield W, form.decode(written, name, entry, index)
 
         bias = self._bias(name, matrix)
-        measured = measure(pairs(), bias, seed=self.seed, name=name)
+        measured = measure(pairs(), bias, metrics, seed=self.seed, name=name)
         if crc != known.source_crc:
             raise CheckpointError(
                 f"{printable(name)} in {printable(self.source.path)} is not what it was when it "
@@ -166,6 +171,7 @@ class Filler:
         info, entry, known = self.stored.tensors[order.name], order.entry, order.decomposition
         parameters, sizes = count(info, entry, order.dtype)
         optimum = known.spectrum.relative_error(entry.rank) if known.all_values else None
+        weighted = measured.weighted
         return MatrixRecord(
             name=order.name,
             shape=entry.shape,
@@ -179,7 +185,9 @@ class Filler:
             excess_estimate=known.excess_estimate,
             optimum=optimum,
             output_error=measured.outputs,
-            metric="frobenius",
+            metric=weighted.metric if weighted else "frobenius",
+            metric_error=weighted and weighted.relative_error,
+            loss=weighted and weighted.loss,
             method=known.method,
             tail=tail(known.spectrum, entry.rank),
         )
@@ -230,12 +238,18 @@ class Filler:
         return Checkpoint(self.files.folder, tensors)
 
 
-def product_of(
-    decomposition: Decomposition, W: Tensor, entry: FactoredEntry, dtype: str, index: int = 0
+def product_of(  # noqa: PLR0917 one matrix of a tensor, and how it is written
+    decomposition: Decomposition,
+    W: Tensor,
+    entry: FactoredEntry,
+    dtype: str,
+    index: int = 0,
+    metric: Metric | None = None,
 ) -> Product:
     """Returns the factors of one matrix as they are written: rounded to `dtype`."""
     pivoted = entry.form == "pivoted"
-    factors = decomposition.factors(W, entry.rank, index, wide=dtype in WIDE or pivoted)
+    wide = dtype in WIDE or pivoted
+    factors = decomposition.factors(W, entry.rank, index, metric=metric, wide=wide)
     return (pivot(factors) if pivoted else factors).to(DTYPES[dtype])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from eckart.certificate import Options
 from eckart.checkpoint.source import Source
+from eckart.checkpoint.statistics import Statistics
 from eckart.checkpoint.tensor_file import SHARD_BYTES
 
 
@@ -21,5 +22,6 @@ class Job:
     shard_bytes: int = SHARD_BYTES
     threads: int | None = None  # per matrix; None: by shape
     workers: int = 1
+    statistics: Statistics | None = None  # whose metric the matrices are approximated in
     began: float = field(default_factory=time.monotonic)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))

@@ -1,7 +1,7 @@
 """The figures of a changed tensor: its matrices against the product, as both are stored."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,7 +13,8 @@ from eckart.checkpoint.source import Source
 from eckart.formats import factored
 from eckart.formats.factored import Product
 from eckart.linalg.matrices import named_generator
-from eckart.linalg.residual import compare, energies, rounded_up
+from eckart.linalg.metric import Metric, MetricName
+from eckart.linalg.residual import compare, energies, rounded_up, weighted_energies
 from eckart.linalg.spectrum import Spectrum
 from eckart.matrix import Matrix
 
@@ -26,33 +27,76 @@ class Measured:
 
     relative_error: float
     outputs: OutputError
+    weighted: "Weighted | None" = None  # None: in no other metric
+
+
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """The same in the metric that a tensor was decomposed in."""
+
+    metric: MetricName
+    relative_error: float  # ‖Lᵀ(W − BA)R‖_F/‖LᵀWR‖_F
+    loss: float | None  # half the square of the first, where it is in nats per token
+
+
+Metrics = Callable[[int], Metric | None]
+"""The metric of each matrix of a tensor."""
+
+
+def unweighted(_: int) -> None:
+    """Returns that there is no other metric than the Frobenius norm."""
 
 
 def measure(
-    pairs: Iterable[tuple[Tensor, Product]], bias: Tensor | None, *, seed: int, name: str
+    pairs: Iterable[tuple[Tensor, Product]],
+    bias: Tensor | None,
+    metrics: Metrics = unweighted,
+    *,
+    seed: int,
+    name: str,
 ) -> Measured:
     """Returns ‖W − BA‖_F/‖W‖_F, and how Wx + b and B(Ax) + b differ on seeded inputs.
 
-    Over the matrices of a tensor, one after the other; the bias is that of a single one.
+    Over the matrices of a tensor, one after the other; the bias is that of a single one. With
+    `metrics`, their error in those too.
     """
     generator = named_generator(seed, f"outputs of {name}")
     missed = total = largest = output_missed = count = 0.0
-    for W, product in pairs:
+    kinds, away, size = set[MetricName](), 0.0, 0.0
+    for index, (W, product) in enumerate(pairs):
         found = compare(W, product, bias, generator=generator, name=name)
         missed, total = missed + found.missed, total + found.total
         largest = max(largest, found.outputs.max)
         output_missed, count = output_missed + found.outputs.relative**2, count + 1
+        if metric := metrics(index):
+            part, whole = weighted_energies(W, product, metric)
+            kinds.add(metric.kind)
+            away, size = away + part, size + whole
     return Measured(
         rounded_up(missed, total),
         OutputError(max=largest, relative=math.sqrt(output_missed / count)),
+        _weighted(kinds, away, size),
     )
 
 
-def measure_error(pairs: Iterable[tuple[Tensor, Product]], name: str) -> float:
-    """Returns ‖W − BA‖_F/‖W‖_F over the matrices of a tensor."""
+def _weighted(kinds: Collection[MetricName], missed: float, total: float) -> Weighted | None:
+    if not kinds:
+        return None
+    (kind,) = kinds  # of one tensor
+    return Weighted(kind, rounded_up(missed, total), None if kind == "inputs" else missed / 2)
+
+
+def measure_error(
+    pairs: Iterable[tuple[Tensor, Product]], name: str, metrics: Metrics = unweighted
+) -> float:
+    """Returns ‖W − BA‖_F/‖W‖_F over the matrices of a tensor, or the same in their metrics."""
     missed = total = 0.0
-    for W, product in pairs:
-        away, size = energies(W, product, name)
+    for index, (W, product) in enumerate(pairs):
+        metric = metrics(index)
+        if metric is None:
+            away, size = energies(W, product, name)
+        else:
+            away, size = weighted_energies(W, product, metric)
         missed, total = missed + away, total + size
     return rounded_up(missed, total)
 

@@ -12,8 +12,10 @@ from eckart.assemble.filling import product_of
 from eckart.assemble.measurement import measure_error
 from eckart.certificate import FactoredEntry
 from eckart.checkpoint.source import Source
+from eckart.checkpoint.statistics import Statistics
 from eckart.decompose import Decomposition
 from eckart.decompose.request import FLOPS, on_threads, threads_for
+from eckart.decompose.weighting import Metrics
 from eckart.matrix import FactorForm, Matrix
 
 SLACK = 1e-9
@@ -46,21 +48,23 @@ class Settler:
     policy: RankPolicy
     terms: Terms
     threads: int | None = None
+    statistics: Statistics | None = None  # errors are in the metric that they make
 
     def __call__(self, case: Unsettled) -> Choice:
         """Measures the candidates. Cost: a residual each; as a rule one, or two of forms."""
+        metrics = Metrics(self.statistics, case.name)
         with on_threads(case.matrix.shape, self.threads):
             if isinstance(self.policy, Budget):
-                return self._form(case, self.policy)
-            return self._raised(case, self.policy.allowed or 0.0)
+                return self._form(case, self.policy, metrics)
+            return self._raised(case, self.policy.allowed or 0.0, metrics)
 
-    def _raised(self, case: Unsettled, promised: float) -> Choice:
+    def _raised(self, case: Unsettled, promised: float, metrics: Metrics) -> Choice:
         form: FactorForm = "pivoted" if self.terms.form == "pivoted" else "ba"
         allowed, spectrum = promised * (1 + SLACK), case.decomposition.spectrum
         largest = min(self.terms.largest(case.item), case.decomposition.rank)
         rank = case.rank
         while rank <= largest:
-            error = self._error(case, rank, form)
+            error = self._error(case, rank, form, metrics)
             if error <= allowed or not math.isfinite(error):  # an overflow is refused when written
                 return Choice(rank, form=form)
             rounding = max(error**2 - spectrum.relative_error(rank) ** 2, 0.0)
@@ -72,7 +76,7 @@ class Settler:
             f"{min(spectrum.shape)}) is within the error asked; a wider --dtype may be",
         )
 
-    def _form(self, case: Unsettled, budget: Budget) -> Choice:
+    def _form(self, case: Unsettled, budget: Budget, metrics: Metrics) -> Choice:
         """Of both forms, each at the largest rank for the same price, the one with less error."""
         forms: tuple[FactorForm, ...] = ("ba", "pivoted")
         fitting: dict[FactorForm, int] = {
@@ -83,7 +87,7 @@ class Settler:
             for form in forms
         }
         errors: dict[FactorForm, float] = {
-            form: self._error(case, rank, form) for form, rank in fitting.items() if rank
+            form: self._error(case, rank, form, metrics) for form, rank in fitting.items() if rank
         }
         form = min(errors, key=errors.__getitem__)  # "ba" of equals: it is the faster one
         return Choice(fitting[form], form=form)
@@ -91,13 +95,13 @@ class Settler:
     def _kept(self, case: Unsettled) -> int:
         return case.decomposition.rank // self.terms.align * self.terms.align
 
-    def _error(self, case: Unsettled, rank: int, form: FactorForm) -> float:
+    def _error(self, case: Unsettled, rank: int, form: FactorForm, metrics: Metrics) -> float:
         entry = FactoredEntry(
             rank=rank, form=form, shape=case.matrix.stored, orientation=case.matrix.orientation
         )
         pairs = (
-            (W, product_of(case.decomposition, W, entry, case.dtype, index))
+            (W, product_of(case.decomposition, W, entry, case.dtype, index, metrics(index)))
             for index in range(case.matrix.count)
             for W in [case.matrix.load(self.source, case.name, index)]
         )
-        return measure_error(pairs, case.name)
+        return measure_error(pairs, case.name, metrics)

@@ -119,6 +119,9 @@ def compress(
         FormOption, typer.Option(help="How factors are stored; auto: less error, by budget.")
     ] = FormOption.ba,
     align: Align = 1,
+    statistics: Annotated[
+        Path | None, typer.Option("--statistics", metavar="S", help="What calibrate wrote.")
+    ] = None,
     include: Include = None,
     exclude: Exclude = None,
     dtype: FactorDtype = None,
@@ -155,6 +158,7 @@ def compress(
     settings: dict[str, Any] = {
         "form": form.value,
         "align": align,
+        "statistics": statistics,
         "include": include or (),
         "exclude": exclude or (),
         "dtype": dtype,
@@ -225,6 +229,9 @@ def verify(
     base: Annotated[
         Path | None, typer.Option("--base", metavar="BASE", help="Of an adapter: its base.")
     ] = None,
+    statistics: Annotated[
+        Path | None, typer.Option("--statistics", metavar="S", help="What it was made with.")
+    ] = None,
     workers: Workers = None,
     allow_pickle: AllowPickle = False,
     json: Json = False,
@@ -240,6 +247,7 @@ def verify(
             output,
             against,
             base=base,
+            statistics=statistics,
             workers=workers,
             allow_pickle=allow_pickle,
             progress=progress,

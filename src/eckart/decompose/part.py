@@ -2,7 +2,8 @@
 
 A part keeps the vectors of the *short* side only (U where m ≤ n, else V): the other factor is
 their product with W, recomputed from the source, which is both smaller and, for the given
-vectors, optimal. So a part takes at most min(m, n)·r numbers.
+vectors, optimal. So a part takes at most min(m, n)·r numbers. In a metric they are those of
+M = LᵀWR, and its roots are recomputed from the statistics.
 """
 
 import hashlib
@@ -21,7 +22,8 @@ from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Checkpoint
 from eckart.checkpoint.tensor_file import TensorLayout, lay_out_file
 from eckart.errors import CheckpointError
-from eckart.linalg.factors import Factors, from_short_side
+from eckart.linalg.factors import Factors, from_short_side, from_weighted_side
+from eckart.linalg.metric import Metric
 from eckart.linalg.spectrum import Spectrum
 
 SCHEMA = "eckart-part/1"
@@ -39,7 +41,7 @@ class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     crc: int  # their CRC-32: as good to see a change by, in a third of the time
     shape: tuple[int, int]
     rank: int  # vectors kept, of each matrix of a stack
-    energy: float
+    energy: float  # of W, or of M = LᵀWR
     method: str
     excess_estimate: float
     values: str  # SHA-256 of each of the two tensors
@@ -71,16 +73,27 @@ class Decomposition:
         """Whether every singular value is known."""
         return self.spectrum.complete
 
-    def factors(self, W: Tensor, rank: int, index: int = 0, *, wide: bool = True) -> Factors:
+    def factors(
+        self,
+        W: Tensor,
+        rank: int,
+        index: int = 0,
+        *,
+        metric: Metric | None = None,
+        wide: bool = True,
+    ) -> Factors:
         """Returns balanced B, A of the given rank for one matrix; nested in the rank.
 
-        See `eckart.linalg.factors.from_short_side`. Computed in float64, or in float32 where the
+        `metric` is the one that W was decomposed in. See `eckart.linalg.factors.from_short_side`
+        and, in a metric, `from_weighted_side`. Computed in float64, or in float32 where the
         result is rounded to half precision anyway (`wide=False`).
         """
         assert rank <= self.rank, f"{self.name}: rank {rank} of {self.rank} kept"
         dtype, start = torch.float64 if wide else torch.float32, index * self.rank
         kept = Checkpoint(self.part, read_header(self.part)).load(VECTORS, start, start + rank)
-        return from_short_side(W, kept, self.values[index, :rank], dtype)
+        if metric is None:
+            return from_short_side(W, kept, self.values[index, :rank], dtype)
+        return from_weighted_side(W, kept, metric.short_side((W.shape[0], W.shape[1])), dtype)
 
 
 def write_part(

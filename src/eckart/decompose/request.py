@@ -23,6 +23,12 @@ OVERSAMPLED = 16
 WIDE_SVD = 17
 """The peak of LAPACK's thin SVD on its float64 rung, in float32 copies of W; 9 in float32."""
 
+ROOT_BYTES = 28
+"""Per entry of a second moment at the worst: as stored, in float64, damped, and its root."""
+
+WIDE_PRODUCT = 3
+"""Float64 copies of W beside the roots: itself, LᵀW and LᵀWR."""
+
 STEPS = 40
 """The randomized method may take as many: its bases grow by a block in each."""
 
@@ -67,23 +73,33 @@ def on_threads(shape: Shape, threads: int | None) -> Generator[None]:
         torch.set_num_threads(before)
 
 
-def seconds_for(matrix: Matrix, request: Request, threads: int) -> float:
-    """Returns about how long a decomposition takes, on a machine of today."""
+def seconds_for(matrix: Matrix, request: Request, threads: int, *, weighted: bool = False) -> float:
+    """Returns about how long a decomposition takes, on a machine of today.
+
+    `weighted`: in a metric, whose roots and products with W come before it.
+    """
     m, n = matrix.shape
     k = min(m, n)
     if is_exact(matrix.shape, request):
         flops = 9 * k**3 + 2 * k * m * n
     else:
         flops = PRODUCTS * 2 * m * n * (request.rank + OVERSAMPLED)
+    if weighted:
+        flops += (m**3 + n**3) / 3 + m * n * (m + n)
     return matrix.count * flops / (FLOPS * threads)
 
 
-def peak_bytes(matrix: Matrix, request: Request, itemsize: int) -> int:
+def peak_bytes(matrix: Matrix, request: Request, itemsize: int, *, weighted: bool = False) -> int:
     """Returns the most memory that a decomposition may need, on the worst rung it may reach.
 
-    Per matrix of a stack, and on top of the bare process.
+    Per matrix of a stack, and on top of the bare process. `weighted`: in a metric, whose roots
+    are taken, and multiplied with W, before and never beside the SVD.
     """
     m, n = matrix.shape
+    if weighted:
+        roots = ROOT_BYTES * max(m, n) ** 2 + 8 * min(m, n) ** 2
+        plain = peak_bytes(matrix, request, itemsize)
+        return max(plain, m * n * itemsize + roots + WIDE_PRODUCT * 8 * m * n)
     width = max(4, itemsize)  # of the dtype that is computed in
     stored = m * n * itemsize
     if is_exact(matrix.shape, request) or tries_exact(matrix.shape, request.rank):

@@ -12,8 +12,10 @@ from pathlib import Path
 from torch import Tensor
 
 from eckart.checkpoint.source import Source, bytes_of
+from eckart.checkpoint.statistics import Statistics
 from eckart.decompose.part import About, Decomposition, write_part
 from eckart.decompose.request import Request, on_threads
+from eckart.decompose.weighting import metric_of
 from eckart.errors import FactorizationError
 from eckart.linalg.arrays import working_dtype
 from eckart.linalg.gram import short_side_svd
@@ -50,6 +52,7 @@ class Decomposer:
     seed: int
     device: str = "cpu"
     threads: int | None = None  # None: by shape
+    statistics: Statistics | None = None  # None: in the Frobenius norm
 
     def __call__(
         self, name: str, matrix: Matrix, request: Request, part: Path
@@ -70,7 +73,8 @@ class Decomposer:
             crc = zlib.crc32(bytes_of(stored), crc)
             label = f"{name}[{index}]" if matrix.is_stack else name
             try:
-                found.append(self._find(matrix.read(stored), request, label))
+                M = self._weighted(matrix.read(stored).to(self.device), name, index)
+                found.append(self._find(M, request, label))
             except FactorizationError as error:
                 return Failure(name, str(error))
         about = About(
@@ -89,9 +93,15 @@ class Decomposer:
         values, vectors = [one.values for one in found], [one.vectors for one in found]
         return write_part(part, about, values, vectors)
 
+    def _weighted(self, W: Tensor, name: str, index: int) -> Tensor:
+        """W, or M = LᵀWR in the dtype that W is worked on in: the SVD needs no more digits."""
+        metric = metric_of(self.statistics, name, index, device=self.device)
+        if metric is None:
+            return W
+        return metric.transformed(W).to(working_dtype(W.dtype)).contiguous()
+
     def _find(self, W: Tensor, request: Request, label: str) -> _Found:
         """The SVD that was asked for, of one matrix."""
-        W = W.to(self.device)
         dtype = working_dtype(W.dtype)
         if request.all_values:
             short = short_side_svd(W, label)

@@ -14,9 +14,11 @@ from typing import Any
 from eckart.checkpoint.documents import canonical_json, parse_json, read_json
 from eckart.checkpoint.paths import printable, read_bytes, storage_errors, sync, write_file
 from eckart.checkpoint.source import Source
+from eckart.checkpoint.statistics import Statistics
 from eckart.decompose.part import Decomposition, read_part
 from eckart.decompose.request import Request
 from eckart.decompose.unit import Failure
+from eckart.decompose.weighting import damping_of
 from eckart.errors import CheckpointError, StaleError
 
 SCHEMA = "eckart-work/1"
@@ -89,14 +91,20 @@ def open_work(folder: Path, source: Source, identity: Identity, names: Iterable[
 
 
 def identity_of(
-    source: Source, *, seed: int, threads: int | None, device: str, versions: Mapping[str, str]
+    source: Source,
+    *,
+    seed: int,
+    threads: int | None,
+    device: str,
+    versions: Mapping[str, str],
+    statistics: Statistics | None = None,
 ) -> dict[str, Any]:
     """Returns all that a decomposition depends on; the stamps of the files stand beside it."""
     headers = [[name, info.dtype, [*info.shape]] for name, info in source.tensors.items()]
     return {
         "source": hashlib.sha256(canonical_json(headers)).hexdigest(),
-        "metric": "frobenius",
-        "statistics": None,
+        "metric": damping_of(statistics),
+        "statistics": statistics and statistics.digest,
         "seed": seed,
         "threads": threads,
         "device": device,

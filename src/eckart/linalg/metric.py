@@ -4,6 +4,7 @@ Knows tensors only; where the second moments come from is the business of others
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,8 @@ on a small Llama are flat from 10⁻⁶ to 10⁻³."""
 
 CURVATURE_DAMPING = 1e-3
 """Of the mean of diag G, added to it: flat from 10⁻⁵ to 10⁻², harmful from 10⁻¹ on."""
+
+MetricName = Literal["inputs", "curvature", "diagonal curvature"]
 
 PANEL = 512
 """Columns of a triangle multiplied at once: half the flops of the whole square."""
@@ -101,8 +104,8 @@ class Metric:
         return self.outputs is not None
 
     @property
-    def kind(self) -> str:
-        """What it is called: "inputs", "curvature", or "diagonal curvature"."""
+    def kind(self) -> MetricName:
+        """What it is called: by what weighs the rows."""
         if self.outputs is None:
             return "inputs"
         return "curvature" if self.outputs.factor.ndim == 2 else "diagonal curvature"

@@ -12,6 +12,7 @@ from eckart.checkpoint.header import read_header
 from eckart.checkpoint.opening import open_checkpoint, open_source
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Checkpoint, Source
+from eckart.checkpoint.statistics import Statistics, open_statistics
 from eckart.errors import CheckpointError, PromiseError, UsageError
 from eckart.execute import Progress, Silent, Workers, workers_for
 from eckart.formats.adapters import open_adapter
@@ -45,6 +46,7 @@ class _Request:
     allow_pickle: bool
     workers: int | None
     watch: Progress
+    statistics: Path | None
 
     def crew(self) -> Workers:
         shapes = [record.shape for record in self.certificate.matrices]
@@ -59,6 +61,7 @@ def verify_output(
     against: Sequence[Path] = (),
     *,
     base: Path | None = None,
+    statistics: Path | None = None,
     workers: int | None = None,
     allow_pickle: bool = False,
     watch: Progress | None = None,
@@ -70,10 +73,11 @@ def verify_output(
     is counted of the output, and that no error is reported below the optimum. With `against`, what
     it was made from: the fingerprint, that each tensor is accounted for, the relative error of
     every changed matrix, Wx + b against B(Ax) + b on seeded inputs, what is counted of both, and
-    that every other tensor is identical to the byte. A model with an adapter in it is held against
-    that adapter and its `base`, an adapter against the tuned model and the `base`, a merged one
-    against the adapters in their order. Raises PromiseError where the output cannot even be read,
-    CheckpointError where what it is held against is not what it should be.
+    that every other tensor is identical to the byte; with the `statistics` that it was made with,
+    also the error and the loss of every matrix in their metric. A model with an adapter in it is
+    held against that adapter and its `base`, an adapter against the tuned model and the `base`, a
+    merged one against the adapters in their order. Raises PromiseError where the output cannot
+    even be read, CheckpointError where what it is held against is not what it should be.
     """
     certificate = _read_written(out)
     checks = [
@@ -82,7 +86,16 @@ def verify_output(
     ]
     if not checks[-1].held:
         return checks
-    request = _Request(out, certificate, against, base, allow_pickle, workers, watch or Silent())
+    request = _Request(
+        out,
+        certificate,
+        against,
+        base,
+        allow_pickle,
+        workers,
+        watch or Silent(),
+        statistics,
+    )
     _check_request(request)
     alone, held_against = KINDS[certificate.kind]
     written = _open_written(request)
@@ -102,8 +115,26 @@ def _check_request(request: _Request) -> None:
     if other is not None and bool(request.against) != (base is not None):
         missing = f"--against, {other}" if base else "--base, too"
         raise UsageError(f"{out} was made from two things: give {missing}.")
+    if request.statistics is not None:
+        if request.certificate.statistics is None or not request.against:
+            why = "was made without statistics" if request.against else "needs --against, too"
+            raise UsageError(f"{out} {why}: leave --statistics out, or give both.")
+        _open_known(request)
     if kind != "merged" and len(request.against) > 1:
         raise UsageError(f"{out} was not merged: give --against once.")
+
+
+def _open_known(request: _Request) -> Statistics | None:
+    """The statistics that were named, which must be those that the output was made with."""
+    if request.statistics is None:
+        return None
+    statistics, known = open_statistics(request.statistics), request.certificate.statistics
+    if known is None or statistics.digest != known.digest:
+        raise CheckpointError(
+            f"{printable(request.statistics)} does not hold the statistics that "
+            f"{printable(request.out)} was made with ({printable(known.name if known else '')})."
+        )
+    return statistics
 
 
 def _checkpoint_alone(out: Path, written: Source, certificate: Certificate) -> Iterator[Check]:
@@ -135,8 +166,9 @@ def _merged_against(request: _Request, written: Source) -> Iterator[Check]:
 
 
 def _checkpoint_against(request: _Request, written: Source) -> Iterator[Check]:
+    statistics, source = _open_known(request), request.source(request.against[0])
     with request.crew() as crew:
-        yield from _against(written, request.source(request.against[0]), request.certificate, crew)
+        yield from _against(written, source, request.certificate, crew, statistics=statistics)
 
 
 Alone = Callable[[Path, Source, Certificate], Iterator[Check]]
@@ -152,7 +184,12 @@ KINDS: dict[Kind, tuple[Alone, Against]] = {
 
 
 def _against(
-    written: Source, source: Source, certificate: Certificate, crew: Workers
+    written: Source,
+    source: Source,
+    certificate: Certificate,
+    crew: Workers,
+    *,
+    statistics: Statistics | None,
 ) -> Iterator[Check]:
     digests = digests_of(source, source.tensors, crew)
     if source.fingerprint(digests) != certificate.source.fingerprint:
@@ -163,7 +200,9 @@ def _against(
     accounts = check_accounts(source, certificate)
     yield accounts
     if accounts.held:
-        yield from checks_against(written, source, certificate, digests, crew)
+        yield from checks_against(
+            written, source, certificate, digests, crew, statistics=statistics
+        )
 
 
 def _read_written(out: Path) -> Certificate:

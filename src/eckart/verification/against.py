@@ -7,13 +7,15 @@ import torch
 
 from eckart.assemble.certification import count_totals
 from eckart.assemble.filling import BYTES_PER_SECOND, product_seconds
-from eckart.assemble.measurement import Measured, bias_of, count, measure
+from eckart.assemble.measurement import Measured, Weighted, bias_of, count, measure
 from eckart.certificate import Certificate, FactoredEntry, MatrixRecord, read_certificate
 from eckart.checkpoint.header import TensorInfo
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
+from eckart.checkpoint.statistics import Statistics
 from eckart.comparison import Digester
 from eckart.decompose.request import on_threads
+from eckart.decompose.weighting import Metrics
 from eckart.errors import CheckpointError
 from eckart.execute import Task, Workers
 from eckart.formats import factored
@@ -23,6 +25,9 @@ from eckart.verification.check import Check
 
 ROUNDING = 1e-9
 """A recomputed figure may exceed the reported one by this share: sums on another machine …"""
+
+WEIGHTED_ROUNDING = 1e-6
+"""In a metric, whose roots another machine rounds in other places."""
 
 NOISE = 64 * torch.finfo(torch.float64).eps
 """… and by this share of what was compared, where the difference itself is rounding."""
@@ -35,6 +40,7 @@ class Measurer:
     matrices: Source
     factors: Source
     seed: int
+    statistics: Statistics | None = None
 
     def __call__(self, name: str, entry: FactoredEntry) -> Measured:
         """Returns its errors. Peak memory: one matrix."""
@@ -48,7 +54,8 @@ class Measurer:
         )
         bias = bias_of(self.matrices, f"{module_of(name)}.bias", matrix)
         with on_threads(matrix.shape, None):
-            return measure(pairs, bias, seed=self.seed, name=name)
+            metrics = Metrics(self.statistics, name)
+            return measure(pairs, bias, metrics, seed=self.seed, name=name)
 
 
 def digests_of(source: Source, names: Iterable[str], workers: Workers) -> dict[str, str]:
@@ -84,11 +91,13 @@ def checks_against(
     certificate: Certificate,
     digests: Mapping[str, str],
     workers: Workers,
+    *,
+    statistics: Statistics | None = None,
 ) -> Iterator[Check]:
     """Yields a check of every changed tensor, of the copies, and of what is counted."""
     entries = _entries(source, certificate)
     factors, matrices = (written, source) if certificate.kind == "factored" else (source, written)
-    unit = Measurer(matrices, factors, certificate.seed)
+    unit = Measurer(matrices, factors, certificate.seed, statistics)
     tasks = [Task(name, (name, entry), product_seconds(entry)) for name, entry in entries.items()]
     measured = dict(workers.map(unit, tasks, "measuring"))
     for record in certificate.matrices:
@@ -137,11 +146,26 @@ def check_matrix(record: MatrixRecord, found: Measured) -> Check:
         )
         if not measured <= claimed * (1 + ROUNDING) + NOISE * compared
     ]
-    return Check.of(
-        record.name,
-        faults,
-        f"error {found.relative_error:.3g}, outputs differ by {outputs.max:.3g} at most",
-    )
+    detail = f"error {found.relative_error:.3g}, outputs differ by {outputs.max:.3g} at most"
+    if (weighted := found.weighted) is not None:
+        faults += _weighted_faults(record, weighted)
+        detail += f", in the metric of {weighted.metric} {weighted.relative_error:.3g}"
+    return Check.of(record.name, faults, detail)
+
+
+def _weighted_faults(record: MatrixRecord, found: Weighted) -> list[str]:
+    """What is claimed in the metric, against what the statistics say of the written factors."""
+    if record.metric != found.metric:
+        return [f"its metric is that of {found.metric}, certified {record.metric}"]
+    return [
+        f"{what} {measured:.6g}, certified {claimed}"
+        for what, measured, claimed in (
+            ("error in the metric", found.relative_error, record.metric_error),
+            ("loss", found.loss, record.loss),
+        )
+        if measured is not None
+        and (claimed is None or not measured <= claimed * (1 + WEIGHTED_ROUNDING) + NOISE)
+    ]
 
 
 def _check_copies(

@@ -6,7 +6,7 @@ Knows the formats and the certificate; must not know the source.
 from collections import Counter
 from pathlib import Path
 
-from eckart.assemble.certification import Accounts, count_totals
+from eckart.assemble.certification import Accounts, count_totals, predicted_loss
 from eckart.certificate import Certificate, FactoredEntry, MatrixRecord
 from eckart.checkpoint.documents import canonical_json, read_json
 from eckart.checkpoint.header import file_sha256
@@ -56,9 +56,26 @@ def check_claims(certificate: Certificate) -> Check:
         described = {module_of(record.name): _entry(record) for record in certificate.matrices}
         wrong = described.items() ^ certificate.factored.items()
         faults += [f"{X} is described in two ways, or not at all" for X in sorted(dict(wrong))]
+        faults += _metric_faults(certificate)
     elif certificate.factored or any(row.form != "dense" for row in certificate.matrices):
         faults.append("a dense checkpoint has no factored matrix")
     return Check.of("claims", faults, "they agree with each other")
+
+
+def _metric_faults(certificate: Certificate) -> list[str]:
+    """Where the metric of a matrix, its figures and the statistics do not fit each other."""
+    rows = certificate.matrices
+    faults = [
+        f"{row.name} does not say what it loses in its metric ({row.metric})"
+        for row in rows
+        if (row.metric_error is None) != (row.metric == "frobenius")
+        or (row.loss is None) == row.metric.endswith("curvature")
+    ]
+    if certificate.statistics is None and any(row.metric != "frobenius" for row in rows):
+        faults.append("it names no statistics")
+    if certificate.loss.predicted != predicted_loss(rows):
+        faults.append("the predicted loss is not the sum of its matrices'")
+    return faults
 
 
 def _entry(record: MatrixRecord) -> FactoredEntry | None:
@@ -154,14 +171,22 @@ def _stored(written: Source, record: MatrixRecord, certificate: Certificate) -> 
 
 
 def check_optima(certificate: Certificate) -> Check:
-    """No product of rank r is nearer than the optimum (Eckart & Young, 1936)."""
+    """No product of rank r is nearer than the optimum (Eckart & Young, 1936), in its metric.
+
+    That of M = LᵀWR bounds the error in the metric, and says nothing of the Frobenius norm's.
+    """
     faults = [
-        f"{record.name} claims an error of {record.relative_error:.6g}, below the optimum "
-        f"{record.optimum:.6g}"
+        f"{record.name} claims an error of {error:.6g}, below the optimum {record.optimum:.6g}"
         for record in certificate.matrices
-        if record.optimum is not None and record.relative_error < record.optimum - OPTIMAL
+        if record.optimum is not None
+        and (error := error_in_metric(record)) < record.optimum - OPTIMAL
     ]
     return Check.of("optima", faults, "no error is claimed below what its rank allows")
+
+
+def error_in_metric(record: MatrixRecord) -> float:
+    """Returns the relative error in the norm that the matrix was approximated in."""
+    return record.relative_error if record.metric_error is None else record.metric_error
 
 
 def accounts_of(certificate: Certificate) -> Accounts:
