@@ -13,10 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eckart.errors import InputError, UsageError
+from eckart.checkpoint.documents import read_json
+from eckart.checkpoint.paths import printable
+from eckart.errors import CheckpointError, InputError, UsageError
 
 WINDOW = 256
 """Tokens per evaluated sequence; each is read afresh, without overlap."""
+
+REFUSALS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
+"""What transformers raises on folders that it cannot load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +42,77 @@ def perplexity(
     the last, incomplete one is dropped, and so is what follows the first `windows`. Computed in
     float32, whatever the dtype of the weights. Needs the `hf` extra.
     """
-    with quiet_transformers() as transformers:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32
+    ids = load_tokenizer(folder)(text.read_text(encoding="utf-8"), return_tensors="pt")
+    model = load_dense(folder)
+    return _perplexity(model, ids["input_ids"][0][: windows and windows * window], window)
+
+
+def load_dense(
+    folder: Path, *, dtype: torch.dtype | None = torch.float32, allow_pickle: bool = False
+) -> Any:
+    """Returns the model of an ordinary checkpoint, for evaluation: a `PreTrainedModel`.
+
+    Its class is the one that config.json names as `architectures`, where the installed
+    transformers has it. `dtype` None is the checkpoint's own. Raises CheckpointError where the
+    class is unknown, or a weight of it is not in the folder (transformers would fill it at
+    random).
+    """
+    with quiet_transformers() as transformers, refusals(folder):
+        model, report = model_class(folder, transformers).from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
         )
-        return _perplexity(model.eval(), ids[: windows and windows * window], window)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{printable(folder)} lacks {len(missing)} weights of {type(model).__name__}, such as "
+            f"{printable(missing[0])}: download it again."
+        )
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Returns the tokenizer of a model's folder; CheckpointError if there is none."""
+    with quiet_transformers() as transformers, refusals(folder):
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+
+
+def model_class(folder: Path, transformers: Any) -> Any:
+    """Returns the class of a model: what config.json names, of the installed transformers."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{printable(folder)} is not a folder: check the path.")
+    config = read_json(folder / "config.json")
+    named = config.get("architectures")
+    if not isinstance(named, list) or not named:
+        return transformers.AutoModelForCausalLM
+    found = getattr(transformers, str(named[0]), None)
+    base = transformers.PreTrainedModel
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise CheckpointError(
+            f"{printable(folder)} is a {printable(named[0])}, which the installed transformers "
+            f"{transformers.__version__} does not have: code from a checkpoint is never run."
+        )
+    return found
+
+
+@contextmanager
+def refusals(folder: Path) -> Generator[None]:
+    """Turns what transformers raises over a folder into one sentence that names it."""
+    try:
+        yield
+    except (UsageError, InputError):
+        raise
+    except REFUSALS as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"transformers cannot load {printable(folder)}: {printable(lines[0]).rstrip('.')}."
+        ) from None
 
 
 @contextmanager

@@ -46,6 +46,19 @@ AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin too, as tensors only.")
 ]
 
+TextFile = Annotated[
+    Path | None,
+    typer.Option("--text", metavar="FILE", help="A text, by the model's own tokenizer."),
+]
+TokensFile = Annotated[
+    Path | None,
+    typer.Option("--tokens", metavar="FILE", help="One 2-D integer tensor, as safetensors."),
+]
+BatchFile = Annotated[
+    Path | None,
+    typer.Option("--batch", metavar="FILE", help="Forward's arguments by name, as safetensors."),
+]
+
 FactorDtype = Annotated[
     str | None, typer.Option("--dtype", help="Of the factors; default: as what they stand for.")
 ]
