@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench bench-quality clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 demo: $(VENV)/.demo  ## the whole story on the embedded models, into ./eckart-demo
 	$(BIN)/eckart demo --force
@@ -26,6 +26,9 @@ bench: $(VENV)/.dev  ## timings against torch and mergekit, appended to bench/RE
 	$(BIN)/python bench/bench_svd.py
 	$(BIN)/python bench/bench_stream.py
 	$(BIN)/python bench/bench_adapters.py
+
+bench-quality: $(VENV)/.dev  ## perplexities by method; MODEL=… TOKENS=… (default: the demo model)
+	$(BIN)/python bench/bench_quality.py $(if $(MODEL),--model $(MODEL)) $(if $(TOKENS),--tokens $(TOKENS))
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
