@@ -40,7 +40,14 @@ def test_the_document_has_the_fields_of_the_schema(out):
     assert document["kind"] == "factored"
     for row in document["matrices"]:
         assert sorted(row) == sorted(MATRIX_KEYS.split())
-    assert document["loss"] == {"predicted": None, "measured": None, "tokens": None}
+    assert document["loss"] == {
+        "predicted": None,
+        "measured": None,
+        "divergence": None,
+        "tokens": None,
+        "allocation": None,
+        "candidates": {},
+    }
     assert sorted(document["run"]) == ["seconds", "source_files", "started", "workers"]
 
 

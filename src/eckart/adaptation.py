@@ -17,7 +17,6 @@ from eckart.checkpoint.tensor_file import SHARD_BYTES
 from eckart.checkpoint.writer import check_output, check_space, new_output
 from eckart.compression import (
     check_room,
-    choose,
     decompose_all,
     work_folder,
 )
@@ -44,6 +43,7 @@ from eckart.planning import (
     spread,
     stored_dtype,
 )
+from eckart.selection import select
 
 PathLike = str | Path
 
@@ -132,7 +132,7 @@ def extract(
             job = Job(delta, run.staged, seed, options, threads=threads, workers=crew.count)
             with work_folder(run, named, job, targets) as work_done:
                 decompose_all(work_done, targets, job, crew)
-                choices = choose(work_done, targets, job, crew)
+                choices = select(work_done, targets, job, crew).choices
                 certificate = write_adapter(
                     work_done,
                     choices,

@@ -23,13 +23,12 @@ from eckart.checkpoint.writer import check_output, new_output
 from eckart.compression import (
     check_room,
     check_statistics,
-    choose,
     decompose_all,
     work_folder,
     write_assembly,
     write_factored,
 )
-from eckart.errors import CheckpointError
+from eckart.errors import CheckpointError, UsageError
 from eckart.execute import Progress, Silent, Task, Workers, workers_for
 from eckart.families import matrices
 from eckart.inspection import Inspector, summary
@@ -45,6 +44,9 @@ from eckart.planning import (
     spread,
     with_base,
 )
+from eckart.selection import select
+from eckart.texts import open_text
+from eckart.trial import Trial, held_out
 from eckart.verification import Check, check_files, verify_output
 
 PathLike = str | Path
@@ -125,6 +127,8 @@ def compress(
     form: Form = "ba",
     align: int = 1,
     statistics: PathLike | None = None,
+    text: PathLike | None = None,
+    tokens: PathLike | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     dtype: str | None = None,
@@ -146,7 +150,10 @@ def compress(
     `calibrate` wrote, of this very model) matrices are approximated for the inputs that they see
     and the loss that they cost: see `eckart.linalg.metric.Metric`; `energy` and `error` are then
     shares in that metric, and a budget is spent where it saves most nats per token; a matrix
-    without statistics is copied. `out` appears whole or not at all. A run
+    without statistics is copied. With `text` or `tokens` too (see `calibrate`), a tenth of it is
+    held out: what the model loses on it is measured, and several ways to spend a budget are
+    compared on it (`eckart.allocate.candidates`), which takes eight forward passes a matrix, the
+    model in float32 in memory, and the `hf` extra. `out` appears whole or not at all. A run
     that was stopped goes on where it was when it is called again; with `work` (a folder) or
     `keep_work` its decompositions stay, and serve another budget in seconds.
 
@@ -166,6 +173,14 @@ def compress(
         dtype=dtype,
         allow_pickle=allow_pickle,
         statistics=Path(statistics) if statistics else None,
+    )
+    trial = trial_of(
+        targets,
+        text=text,
+        tokens=tokens,
+        device=device,
+        threads=threads,
+        allow_pickle=allow_pickle,
     )
     count = resources_for(targets, workers=workers, threads=threads)
     source, target, named = targets.source, Path(out), Path(work) if work else None
@@ -200,10 +215,44 @@ def compress(
         job = check_statistics(job, crew)
         with work_folder(run, named, job, targets) as work_done:
             decompose_all(work_done, targets, job, crew)
-            choices = choose(work_done, targets, job, crew)
-            certificate = write_factored(work_done, choices, targets, job, crew)
+            selection = select(work_done, targets, job, crew, trial)
+            certificate = write_factored(work_done, selection, targets, job, crew, trial)
         run.keep = keep_work and named is None
     return certificate
+
+
+def trial_of(
+    targets: Targets,
+    *,
+    text: PathLike | None,
+    tokens: PathLike | None,
+    device: str,
+    threads: int | None,
+    allow_pickle: bool,
+) -> Trial | None:
+    """Returns the model on the tenth that is held out of a text, where one is given."""
+    source = targets.source
+    found = open_text(
+        source.path,
+        text=None if text is None else Path(text),
+        tokens=None if tokens is None else Path(tokens),
+    )
+    if found is None:
+        return None
+    if targets.statistics is None:
+        raise UsageError(
+            "a text is measured on together with --statistics: eckart calibrate, then give both."
+        )
+    if source.folder is None:
+        raise UsageError(f"{printable(source.path)} is no model's folder: leave the text out.")
+    return Trial(
+        source.folder,
+        held_out(found),
+        names=targets.requests,
+        device=device,
+        threads=threads,
+        allow_pickle=allow_pickle,
+    )
 
 
 def densify(

@@ -137,8 +137,11 @@ class Loss(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Loss increase in nats per token; null where nothing was predicted, or measured."""
 
     predicted: float | None = None  # the sum of the matrices' own: the picture near the start
-    measured: float | None = None
-    tokens: int | None = None  # that it was measured on
+    measured: float | None = None  # of what was written, on so many tokens held out
+    divergence: float | None = None  # KL(dense ‖ written), on those
+    tokens: int | None = None
+    allocation: str | None = None  # the way in which the budget is spent: the best of …
+    candidates: dict[str, float] = {}  # … these, by their divergence
 
 
 class Run(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -4,20 +4,23 @@ Knows the order of things and what stays behind when one of them fails.
 """
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from eckart.allocate import Choice
 from eckart.allocate.budget import NOTHING
 from eckart.assemble.certification import Accounts, certify, versions
 from eckart.assemble.checkpoints import Assembly, factored_assembly
 from eckart.assemble.job import Job
-from eckart.assemble.settling import Settler, Unsettled
 from eckart.assemble.sidecars import write_sidecars
-from eckart.certificate import Certificate, Kind
+from eckart.certificate import Certificate, Kind, Loss
 from eckart.checkpoint.lock import locked
+from eckart.checkpoint.opening import open_checkpoint
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.writer import OutputRun, check_space
 from eckart.decompose import Decomposer
@@ -31,8 +34,11 @@ from eckart.errors import (
     StorageError,
 )
 from eckart.execute import Progress, Task, Workers
+from eckart.formats import factored
 from eckart.formats.factored import quantization_config
 from eckart.planning import Targets
+from eckart.selection import Selection
+from eckart.trial import Trial
 from eckart.verification.against import digests_of
 
 WORTH_KEEPING = 10.0
@@ -125,40 +131,16 @@ def decompose_all(work: Work, targets: Targets, job: Job, workers: Workers) -> N
     job.source.check_unchanged()
 
 
-def choose(work: Work, targets: Targets, job: Job, workers: Workers) -> dict[str, Choice]:
-    """Returns the policy's ranks, and what measurement makes of them where it has a say."""
-    failed = {
-        name: Choice(None, f"dense: {work.failed[name].reason}")
-        for name in targets.requests
-        if name in work.failed
-    }
-    spectra = {name: work.done[name].spectrum for name in targets.requests if name not in failed}
-    policy, terms = targets.policy, targets.terms
-    chosen = policy.choose(targets.items, spectra, terms)
-    cases = {
-        name: Unsettled(
-            name,
-            targets.matrices[name],
-            targets.items[name],
-            work.done[name],
-            targets.dtypes[name],
-            choice.rank,
-        )
-        for name, choice in chosen.items()
-        if choice.rank
-    }
-    promised = policy.allowed is not None and not (terms.additive and policy.allowed == 0)
-    if promised or terms.form == "auto":  # of an addition, all that can be had is no promise
-        settler = Settler(job.source, policy, terms, job.threads, job.statistics)
-        tasks = [Task(name, (case,), case.seconds) for name, case in cases.items()]
-        chosen |= dict(workers.map(settler, tasks, "measuring"))
-    return {**targets.refused, **failed, **chosen}
-
-
-def write_factored(
-    work: Work, choices: Mapping[str, Choice], targets: Targets, job: Job, workers: Workers
+def write_factored(  # noqa: PLR0917 what was decomposed, chosen and asked, and who does it
+    work: Work,
+    selection: Selection,
+    targets: Targets,
+    job: Job,
+    workers: Workers,
+    trial: Trial | None = None,
 ) -> Certificate:
     """Lays the files out, fills them, measures what was written, and certifies it."""
+    choices = selection.choices
     assembly = factored_assembly(
         job.source,
         targets.matrices,
@@ -176,7 +158,20 @@ def write_factored(
         (*targets.remarks, *_shortfall(assembly, choices, targets, work)),
     )
     config: dict[str, object] = {"quantization_config": quantization_config(assembly.entries)}
-    return write_assembly(assembly, "factored", accounts, config, job, workers)
+
+    def loss() -> Loss:
+        if trial is None:
+            return Loss()
+        found = trial.outcome(_written_matrices(job, targets, assembly))
+        return Loss(
+            measured=found.loss - trial.dense.loss,
+            divergence=found.divergence,
+            tokens=trial.tokens,
+            allocation=selection.name,
+            candidates=selection.divergences,
+        )
+
+    return write_assembly(assembly, "factored", accounts, config, job, workers, loss)
 
 
 def write_assembly(  # noqa: PLR0917 an output, and what is said of it
@@ -186,6 +181,7 @@ def write_assembly(  # noqa: PLR0917 an output, and what is said of it
     config: dict[str, object],
     job: Job,
     workers: Workers,
+    loss: Callable[[], Loss] = Loss,
 ) -> Certificate:
     """Fills the staged folder as planned, in any order, and writes the certificate over it."""
     filler, files = assembly.begin(job)
@@ -194,7 +190,19 @@ def write_assembly(  # noqa: PLR0917 an output, and what is said of it
     files.sync()
     write_sidecars(job, config)
     job.source.check_unchanged()
-    return certify(job, kind, accounts, filled)
+    return certify(job, kind, accounts, filled, loss())
+
+
+def _written_matrices(
+    job: Job, targets: Targets, assembly: Assembly
+) -> Iterator[tuple[str, Tensor]]:
+    """The products as they stand in the staged files, each as its tensor was stored."""
+    written = open_checkpoint(job.staged)
+    for name, matrix in targets.matrices.items():
+        if entry := assembly.entries.get(factored.module_of(name)):
+            products = factored.products(written, name, entry)
+            parts = [matrix.restore(product.rows(0, matrix.shape[0])) for product in products]
+            yield name, torch.cat(parts) if matrix.is_stack else parts[0]
 
 
 def _say_what_is_kept(work: Work, missing: Sequence[str], count: int, watch: Progress) -> None:

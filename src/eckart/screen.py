@@ -8,7 +8,14 @@ from rich.table import Table
 from rich.text import Text
 
 from eckart.api import Plan
-from eckart.certificate import Certificate, Inspection, InspectionReport, MatrixRecord, ShareRow
+from eckart.certificate import (
+    Certificate,
+    Inspection,
+    InspectionReport,
+    Loss,
+    MatrixRecord,
+    ShareRow,
+)
 from eckart.checkpoint.paths import printable
 from eckart.verification import Check
 
@@ -191,7 +198,25 @@ def _totals(certificate: Certificate) -> Text:
         _pair("whole model", totals.model_parameters, "parameters"),
         _pair("tensors on disk", totals.tensor_bytes, "bytes"),
     ]
-    return Text("\n".join(lines))
+    return Text("\n".join([*lines, *_loss(certificate.loss)]))
+
+
+def _loss(loss: Loss) -> list[str]:
+    """What the model loses, predicted and measured, and how the budget was best spent."""
+    lines: list[str] = []
+    if loss.predicted is not None:
+        lines.append(f"predicted loss     {loss.predicted:+.4f} nats per token, to second order")
+    if loss.measured is not None:
+        lines.append(
+            f"measured loss      {loss.measured:+.4f} nats per token, on {loss.tokens:,} held out"
+        )
+    if loss.allocation is not None:
+        others = (
+            f"{name} {value:.4f}"
+            for name, value in sorted(loss.candidates.items(), key=lambda one: one[1])
+        )
+        lines.append(f"best allocation    {loss.allocation}: KL to the model {', '.join(others)}")
+    return lines
 
 
 def _pair(what: str, pair: tuple[int, int], unit: str) -> str:

@@ -56,6 +56,15 @@ class Menu:
         """Returns the same choices, worth more or less."""
         return Menu(self.ranks, self.costs, self.worths * factor)
 
+    def from_rank(self, rank: float) -> "Menu":
+        """Returns the choices from a rank on, dense among them."""
+        first = int(np.searchsorted(self.ranks, rank))
+        return Menu(self.ranks[first:], self.costs[first:], self.worths[first:])
+
+    def losing(self, losses: npt.NDArray[np.float64]) -> "Menu":
+        """Returns the same choices with what each of the ranks loses; dense loses nothing."""
+        return Menu(self.ranks, self.costs, np.append(-losses, 0.0))
+
     def best(self, multiplier: float) -> int:
         """Returns the pick that is worth most after paying; the cheapest of equals."""
         return int(np.argmax(self.worths - multiplier * self.costs))

@@ -231,6 +231,12 @@ class Budget(RankPolicy):
         self, items: Mapping[str, Item], spectra: Mapping[str, Spectrum], terms: Terms
     ) -> dict[str, Choice]:
         """The ranks that keep the most worth within the budget."""
+        return spend(*self.menus(items, spectra, terms), terms)
+
+    def menus(
+        self, items: Mapping[str, Item], spectra: Mapping[str, Spectrum], terms: Terms
+    ) -> tuple[dict[str, Menu], int]:
+        """Returns the choices of every spectrum's matrix, and what they may cost all together."""
 
         def price(item: Item, rank: int | None) -> int:
             return self.price(item, rank, terms)
@@ -249,7 +255,7 @@ class Budget(RankPolicy):
         least = sum(int(menu.least) for menu in menus.values())
         if least > left:
             raise self.unreachable(fixed + least, items, terms)
-        return spend(menus, left, terms)
+        return menus, left
 
     def same_price(self, item: Item, rank: int, terms: Terms, form: FactorForm) -> int:
         """Returns the largest rank in one form that costs no more than `rank` does in `terms`."""

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 
+import msgspec
 import torch
 
 from eckart.assemble.filling import Filled
@@ -46,8 +47,13 @@ class Accounts:
     remarks: tuple[str, ...] = ()
 
 
-def certify(job: Job, kind: Kind, accounts: Accounts, filled: Iterable[Filled]) -> Certificate:
-    """Writes eckart.json over everything that stands in the staged folder."""
+def certify(
+    job: Job, kind: Kind, accounts: Accounts, filled: Iterable[Filled], loss: Loss
+) -> Certificate:
+    """Writes eckart.json over everything that stands in the staged folder.
+
+    `loss` is what was measured of it; what the matrices predict is added here.
+    """
     source, written, filled = job.source, open_checkpoint(job.staged), [*filled]
     records = sorted((one.record for one in filled if one.record), key=lambda record: record.name)
     digests = {one.name: one.source_digest for one in filled if one.source_digest}
@@ -62,7 +68,7 @@ def certify(job: Job, kind: Kind, accounts: Accounts, filled: Iterable[Filled]) 
         copied=[Row(name=name, reason=why) for name, why in sorted(accounts.copied.items())],
         tied=[TiedRow(name=name, to=to) for name, to in sorted(accounts.tied.items())],
         factored=dict(accounts.entries),
-        loss=Loss(predicted=predicted_loss(records)),
+        loss=msgspec.structs.replace(loss, predicted=predicted_loss(records)),
         totals=count_totals(source, written, records, accounts),
         remarks=[*accounts.remarks],
         run=run_of(job),

@@ -22,7 +22,9 @@ from eckart.cli.options import (
     Seed,
     ShardSize,
     Source,
+    TextFile,
     Threads,
+    TokensFile,
     Workers,
     byte_count,
 )
@@ -122,6 +124,8 @@ def compress(
     statistics: Annotated[
         Path | None, typer.Option("--statistics", metavar="S", help="What calibrate wrote.")
     ] = None,
+    text: TextFile = None,
+    tokens: TokensFile = None,
     include: Include = None,
     exclude: Exclude = None,
     dtype: FactorDtype = None,
@@ -182,6 +186,8 @@ def compress(
             shard_bytes=shard_bytes,
             work=work,
             keep_work=keep_work,
+            text=text,
+            tokens=tokens,
             progress=progress,
         )
     _show_certificate(certificate, json=json, quiet=quiet)

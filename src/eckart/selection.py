@@ -1,0 +1,148 @@
+"""The choices for every matrix: the policy's own, or, with a text, those that serve the model best.
+
+Knows parts, policies and trials; must not know how an output is written.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from eckart.allocate import Budget, Choice
+from eckart.allocate.candidates import Probe, candidates, measured, probe_ranks
+from eckart.assemble.checkpoints import entry_of
+from eckart.assemble.filling import product_of
+from eckart.assemble.job import Job
+from eckart.assemble.settling import Settler, Unsettled
+from eckart.decompose.request import on_threads
+from eckart.decompose.weighting import Metrics
+from eckart.decompose.work import Work
+from eckart.execute import Task, Workers
+from eckart.linalg.spectrum import Spectrum
+from eckart.planning import Targets
+from eckart.trial import Trial
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What was chosen, and how the candidates served the model: KL(dense ‖ changed), by name."""
+
+    choices: dict[str, Choice]
+    name: str | None = None
+    divergences: dict[str, float] = field(default_factory=dict[str, float])
+
+
+def select(
+    work: Work, targets: Targets, job: Job, workers: Workers, trial: Trial | None = None
+) -> Selection:
+    """Returns the policy's ranks, and what measurement makes of them where it has a say.
+
+    With a trial, and a budget, several ways to spend it are tried on the tokens held out
+    (`eckart.allocate.candidates`), one of them from losses that are measured matrix by matrix; the
+    one nearest to the dense model is chosen. Cost: eight forward passes a matrix, and four more.
+    """
+    failed = {
+        name: Choice(None, f"dense: {work.failed[name].reason}")
+        for name in targets.requests
+        if name in work.failed
+    }
+    spectra = {name: work.done[name].spectrum for name in targets.requests if name not in failed}
+    fixed, policy = {**targets.refused, **failed}, targets.policy
+    if trial is None or not isinstance(policy, Budget):
+        chosen = policy.choose(targets.items, spectra, targets.terms)
+        return Selection({**fixed, **_settled(chosen, work, targets, job, workers)})
+    tried = _Tried(work, targets, job, workers, trial)
+    menus, left = policy.menus(targets.items, spectra, targets.terms)
+    found = candidates(menus, left, targets.terms)
+    probes = {
+        name: tried.probes(name, spectra[name], probe_ranks(menu)) for name, menu in menus.items()
+    }
+    found["measured"] = measured(menus, spectra, probes, left, targets.terms)
+    settled = {
+        name: _settled(chosen, work, targets, job, workers) for name, chosen in found.items()
+    }
+    divergences = {name: tried.divergence(chosen) for name, chosen in settled.items()}
+    best = min(divergences, key=divergences.__getitem__)
+    return Selection({**fixed, **settled[best]}, best, divergences)
+
+
+def _settled(
+    chosen: Mapping[str, Choice], work: Work, targets: Targets, job: Job, workers: Workers
+) -> dict[str, Choice]:
+    """Ranks that keep a promise as rounded, and forms, by measurement where they are open."""
+    policy, terms = targets.policy, targets.terms
+    promised = policy.allowed is not None and not (terms.additive and policy.allowed == 0)
+    if not promised and terms.form != "auto":  # of an addition, all that can be had is no promise
+        return dict(chosen)
+    cases = {
+        name: Unsettled(
+            name,
+            targets.matrices[name],
+            targets.items[name],
+            work.done[name],
+            targets.dtypes[name],
+            choice.rank,
+        )
+        for name, choice in chosen.items()
+        if choice.rank
+    }
+    settler = Settler(job.source, policy, terms, job.threads, job.statistics)
+    tasks = [Task(name, (case,), case.seconds) for name, case in cases.items()]
+    return {**chosen, **dict(workers.map(settler, tasks, "measuring"))}
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """Products of the parts, tried out in the model."""
+
+    work: Work
+    targets: Targets
+    job: Job
+    workers: Workers
+    trial: Trial
+
+    def divergence(self, choices: Mapping[str, Choice]) -> float:
+        """What the model becomes with all of the choices, as they would be written."""
+        changed = (
+            (name, self._written(name, choice)) for name, choice in choices.items() if choice.rank
+        )
+        return self.trial.outcome(changed).divergence
+
+    def probes(self, name: str, spectrum: Spectrum, ranks: list[int]) -> list[Probe]:
+        """What the model becomes with one matrix at each of the ranks, the others as they are."""
+        self.workers.watch.note(f"trying {name} at {len(ranks)} ranks")
+        largest = [*self._factors(name, max(ranks))]
+        found = list[Probe]()
+        for rank in ranks:
+            parts = [B[:, :rank] @ A[:rank] for B, A in largest]
+            tensor = self._stored(name, parts)
+            predicted = spectrum.tail_energy(rank) / 2
+            divergence = self.trial.outcome([(name, tensor)]).divergence
+            found.append(Probe(rank, predicted, divergence))
+        return found
+
+    def _factors(self, name: str, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
+        matrix, metrics = self.targets.matrices[name], Metrics(self.job.statistics, name)
+        with on_threads(matrix.shape, self.job.threads):
+            for index in range(matrix.count):
+                W = matrix.load(self.job.source, name, index)
+                factors = self.work.done[name].factors(W, rank, index, metric=metrics(index))
+                yield factors.B, factors.A
+
+    def _written(self, name: str, choice: Choice) -> Tensor:
+        matrix, metrics = self.targets.matrices[name], Metrics(self.job.statistics, name)
+        entry, dtype = entry_of(matrix, choice.rank or 0, choice.form), self.targets.dtypes[name]
+        parts = list[Tensor]()
+        with on_threads(matrix.shape, self.job.threads):
+            for index in range(matrix.count):
+                W = matrix.load(self.job.source, name, index)
+                known = self.work.done[name]
+                product = product_of(known, W, entry, dtype, index, metrics(index))
+                parts.append(product.rows(0, matrix.shape[0]))
+        return self._stored(name, parts)
+
+    def _stored(self, name: str, parts: list[Tensor]) -> Tensor:
+        matrix = self.targets.matrices[name]
+        tensors = [matrix.restore(part) for part in parts]
+        return torch.cat(tensors) if matrix.is_stack else tensors[0]

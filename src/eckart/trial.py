@@ -1,0 +1,129 @@
+"""A model that is run with other matrices in the place of its own: what that costs it, measured.
+
+Knows the model and a text; must not know where the matrices come from.
+"""
+
+import math
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eckart.checkpoint.paths import printable
+from eckart.errors import CheckpointError, InputError
+from eckart.hf import load_dense
+from eckart.texts import Text, check_vocabulary
+
+MOST = 32
+"""Sequences that are held out: their logits are kept."""
+
+LEAST = 10
+"""Sequences of a text of which a tenth can be held out."""
+
+THREADS = 4
+"""Whatever the machine has: the same threads give the same bits, and so the same choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a changed model is, on the tokens held out."""
+
+    divergence: float  # KL(dense ‖ changed), in nats per predicted token
+    loss: float  # at the true labels, in nats per predicted token
+
+
+def held_out(text: Text) -> Text:
+    """Returns the last tenth of a text's sequences, `MOST` of them at most.
+
+    InputError where there are too few to hold any out, or a sequence predicts nothing.
+    """
+    tokens = text.inputs["input_ids"]
+    if text.sequences < LEAST or tokens.shape[1] < 2:
+        raise InputError(
+            f"the text has {text.sequences} sequences of {tokens.shape[1]} tokens: a tenth is held "
+            f"out, so that at least {LEAST} of two or more are needed."
+        )
+    return text.split(text.sequences - min(text.sequences // 10, MOST))[1]
+
+
+class Trial:
+    """A dense causal language model and its logits on some tokens, to compare with.
+
+    Memory: the model in float32, and the logits in float32.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        text: Text,
+        *,
+        names: Iterable[str],
+        device: str = "cpu",
+        threads: int | None = None,
+        allow_pickle: bool = False,
+    ) -> None:
+        self.threads = threads or THREADS
+        self.model: Any = load_dense(folder, allow_pickle=allow_pickle).to(device)
+        known: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
+        if strange := [name for name in names if name not in known]:
+            raise CheckpointError(
+                f"{printable(strange[0])} of {printable(folder)} is no parameter of "
+                f"{type(self.model).__name__} by that name, so that it cannot be tried out: "
+                "compress without a text."
+            )
+        self.own = {name: known[name] for name in names}
+        tokens = text.inputs["input_ids"].to(device)
+        check_vocabulary(tokens, int(self.model.get_input_embeddings().weight.shape[0]))
+        self.batches = tokens.split(8)
+        with self._computing():
+            self.logits = [self._logits(batch) for batch in self.batches]
+        self.dense = self._outcome(self.logits)
+
+    @property
+    def tokens(self) -> int:
+        """How many are predicted."""
+        return sum(batch[:, 1:].numel() for batch in self.batches)
+
+    def outcome(self, changed: Iterable[tuple[str, Tensor]]) -> Outcome:
+        """Returns what the model is with these tensors instead of its own, which are put back.
+
+        Cost: a forward pass over the tokens, and a copy of what is changed.
+        """
+        before = dict[str, Tensor]()
+        try:
+            for name, tensor in changed:
+                before[name] = self.own[name].detach().clone()
+                self.own[name].data.copy_(tensor)
+            with self._computing():
+                return self._outcome(self._logits(batch) for batch in self.batches)
+        finally:
+            for name, tensor in before.items():
+                self.own[name].data.copy_(tensor)
+
+    @contextmanager
+    def _computing(self) -> Generator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            torch.set_num_threads(before)
+
+    def _logits(self, batch: Tensor) -> Tensor:
+        return self.model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+
+    def _outcome(self, logits: Iterable[Tensor]) -> Outcome:
+        divergence = loss = 0.0
+        for batch, theirs, ours in zip(self.batches, self.logits, logits, strict=True):
+            log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
+            divergence += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+            picked = log_q.gather(-1, batch[:, 1:, None])
+            loss -= float(picked.sum(dtype=torch.float64))
+        if not math.isfinite(loss):
+            raise InputError("the model's logits are not finite on this text: check the model.")
+        return Outcome(max(divergence, 0.0) / self.tokens, loss / self.tokens)

@@ -1,0 +1,195 @@
+"""A compression that is tried out on a text: measured there, and the best way to spend chosen."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from builders import eckart, read_document, read_tensors, snapshot, write_moments
+from safetensors.torch import save_file
+
+from eckart import compress, densify, verify
+from eckart.errors import CheckpointError, InputError, UsageError
+from eckart.hf import load_dense
+from eckart.texts import Text, open_text
+from eckart.trial import Trial, held_out
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY = 40
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A Llama of two layers whose weights decide what it says."""
+    folder = tmp_path_factory.mktemp("model") / "llama"
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    """Forty sequences, of which four are held out."""
+    path = tmp_path_factory.mktemp("text") / "tokens.safetensors"
+    drawn = torch.randint(VOCABULARY, (40, 12), generator=torch.Generator().manual_seed(1))
+    save_file({"t": drawn}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def statistics(model: Path, tmp_path_factory) -> Path:
+    return write_moments(tmp_path_factory.mktemp("statistics") / "S", model).folder
+
+
+def text_of(path: Path) -> Text:
+    found = open_text(path, tokens=path)
+    assert found is not None
+    return found
+
+
+def test_the_last_tenth_is_held_out(tokens):
+    """At least one sequence of ten, and no more than 32; fewer than ten are too few."""
+    text = text_of(tokens)
+    long = Text({"input_ids": text.inputs["input_ids"].repeat(20, 1)})
+
+    assert torch.equal(held_out(text).inputs["input_ids"], text.inputs["input_ids"][36:])
+    assert held_out(long).sequences == 32
+    assert held_out(text.split(10)[0]).sequences == 1
+    with pytest.raises(InputError, match="the text has 9 sequences of 12 tokens"):
+        held_out(text.split(9)[0])
+    with pytest.raises(InputError, match="40 sequences of 1 tokens"):
+        held_out(Text({"input_ids": text.inputs["input_ids"][:, :1]}))
+
+
+def test_a_trial_measures_what_the_model_becomes_and_puts_it_back(model, tokens):
+    """Loss by torch's cross-entropy, divergence by torch's own; afterwards all is as it was."""
+    text = held_out(text_of(tokens))
+    trial, other = Trial(model, text, names=[Q]), load_dense(model)
+    changed, ids = torch.zeros(32, 32), text.inputs["input_ids"]
+    before = {name: tensor.clone() for name, tensor in trial.model.state_dict().items()}
+    found = trial.outcome([(Q, changed)])
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return other(input_ids=ids).logits[:, :-1].flatten(0, 1)
+
+    dense = logits()
+    other.get_parameter(Q).data.zero_()
+    labels, ours = ids[:, 1:].flatten(), logits()
+    kl = torch.nn.functional.kl_div(
+        ours.log_softmax(-1), dense.log_softmax(-1), reduction="batchmean", log_target=True
+    )
+    assert found.divergence == pytest.approx(float(kl), rel=1e-4)
+    assert found.loss == pytest.approx(float(torch.nn.functional.cross_entropy(ours, labels)))
+    assert trial.dense.loss == pytest.approx(
+        float(torch.nn.functional.cross_entropy(dense, labels))
+    )
+    assert trial.dense.divergence == pytest.approx(0.0, abs=1e-9)
+    assert trial.tokens == labels.numel()
+    after = trial.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_a_tensor_that_the_model_knows_by_another_name_is_refused(model, tokens):
+    """Before any work."""
+    with pytest.raises(CheckpointError, match=r"x\.weight of .* is no parameter of LlamaFor"):
+        Trial(model, held_out(text_of(tokens)), names=["x.weight"])
+
+
+@pytest.mark.parametrize("form", ["ba", "auto"])
+def test_the_best_candidate_is_written_named_and_measured(
+    form, model, tokens, statistics, tmp_path
+):
+    """On the tokens held out; what is written says what the dense checkpoint made of it says."""
+    options = {"keep": 0.5, "form": form, "statistics": statistics, "tokens": tokens}
+    certificate = compress(model, tmp_path / "out", **options)
+    loss = certificate.loss
+    densify(tmp_path / "out", tmp_path / "dense")
+    text = held_out(text_of(tokens))
+    dense, changed = (Trial(path, text, names=[]) for path in (model, tmp_path / "dense"))
+
+    assert set(loss.candidates) == {"global", "floor", "uniform", "measured"}
+    assert loss.allocation == min(loss.candidates, key=loss.candidates.__getitem__)
+    assert loss.divergence == pytest.approx(loss.candidates[loss.allocation], rel=1e-4)
+    assert loss.measured == pytest.approx(changed.dense.loss - dense.dense.loss, rel=1e-4, abs=1e-6)
+    assert loss.tokens == 4 * 11
+    assert certificate.totals.keep <= 0.5
+    assert all(check.held for check in verify(tmp_path / "out", model, statistics=statistics))
+
+
+def test_a_promise_is_measured_too_but_nothing_competes(model, tokens, statistics, tmp_path):
+    """An error asked of each matrix leaves nothing to choose."""
+    asked = {"error": 0.5, "statistics": statistics, "tokens": tokens}
+    loss = compress(model, tmp_path / "out", **asked).loss
+
+    assert loss.measured is not None
+    assert (loss.allocation, loss.candidates) == (None, {})
+
+
+def test_the_same_run_gives_the_same_bytes(model, tokens, statistics, tmp_path):
+    """Whatever torch's threads were: the choice depends on measured numbers, these on threads."""
+    options = {"keep": 0.6, "statistics": statistics, "tokens": tokens}
+    compress(model, tmp_path / "a", **options)
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        compress(model, tmp_path / "b", **options)
+    finally:
+        torch.set_num_threads(before)
+
+    a, b = read_tensors(tmp_path / "a"), read_tensors(tmp_path / "b")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_text_needs_statistics_and_enough_of_it(model, tokens, statistics, tmp_path):
+    """Exit 2 and 3, and nothing is left behind."""
+    few, foreign = tmp_path / "few.safetensors", tmp_path / "foreign.safetensors"
+    save_file({"t": torch.ones(9, 5, dtype=torch.int64)}, few)
+    save_file({"t": torch.full((10, 5), VOCABULARY)}, foreign)
+    before = snapshot(tmp_path)
+    line = ("compress", model, "-o", tmp_path / "out", "--keep", 0.5)
+
+    plain = eckart(*line, "--tokens", tokens)
+    short = eckart(*line, "--statistics", statistics, "--tokens", few)
+    strange = eckart(*line, "--statistics", statistics, "--tokens", foreign)
+    assert (plain.code, short.code, strange.code) == (2, 3, 3)
+    assert "measured on together with --statistics" in plain.message
+    assert "the text has 9 sequences" in short.message
+    assert "the token 40, but the model's vocabulary has 40" in strange.message
+    assert snapshot(tmp_path) == before
+
+
+def test_the_command_says_which_was_best(model, tokens, statistics, tmp_path):
+    """With what it lost, on stdout; the certificate has the same."""
+    out = tmp_path / "out"
+    asked = ("--keep", 0.5, "--statistics", statistics, "--tokens", tokens)
+    done = eckart("compress", model, "-o", out, *asked)
+
+    loss = read_document(out)["loss"]
+    assert done.code == 0
+    assert f"{loss['measured']:+.4f} nats per token" in done.out
+    assert loss["allocation"] in done.out
+
+
+def test_a_single_file_has_no_model_to_try(model, tokens, tmp_path):
+    """Weights without config.json cannot run."""
+    S = write_moments(tmp_path / "S", model / "model.safetensors").folder
+
+    with pytest.raises(UsageError, match="is no model's folder"):
+        compress(
+            model / "model.safetensors", tmp_path / "out", keep=0.5, statistics=S, tokens=tokens
+        )
