@@ -24,6 +24,7 @@ COMMANDS = [
     "resize",
     "merge",
     "apply",
+    "convert",
     "densify",
     "verify",
 ]

@@ -36,9 +36,12 @@ _HOME = {
     "Certificate": "eckart.certificate",
     "Check": "eckart.verification",
     "compress": "eckart.api",
+    "convert": "eckart.adaptation",
     "densify": "eckart.api",
     "extract": "eckart.adaptation",
+    "Fit": "eckart.verification",
     "inspect": "eckart.api",
+    "lint": "eckart.adaptation",
     "merge": "eckart.adaptation",
     "resize": "eckart.adaptation",
     "verify": "eckart.api",
@@ -47,7 +50,9 @@ _HOME = {
 
 if TYPE_CHECKING:
     from eckart.adaptation import apply as apply
+    from eckart.adaptation import convert as convert
     from eckart.adaptation import extract as extract
+    from eckart.adaptation import lint as lint
     from eckart.adaptation import merge as merge
     from eckart.adaptation import resize as resize
     from eckart.api import compress as compress
@@ -79,6 +84,7 @@ if TYPE_CHECKING:
     from eckart.nn import LowRankLinear as LowRankLinear
     from eckart.nn import PivotedLinear as PivotedLinear
     from eckart.verification import Check as Check
+    from eckart.verification import Fit as Fit
 
 __all__ = sorted(["__version__", *_HOME])  # noqa: PLE0605 from the table, so that the two agree  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -3,10 +3,11 @@
 Knows what an adapter can hold; must not know how it is made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from eckart.comparison import Changes
+from eckart.consumers import CONSUMERS, Consumer, component_of, naming_refusal
 from eckart.errors import LossError, UsageError
 from eckart.families import FLOATING, adaptable, is_embedding, is_norm, is_tied_to_head
 from eckart.matrix import Matrix
@@ -48,24 +49,16 @@ class Fates:
         return replace(self, lost={**self.lost, **lost})
 
 
-def check_kinds(store_whole: Sequence[str]) -> None:
-    """Raises UsageError for a kind of tensor that cannot be stored whole."""
-    for kind in store_whole:
-        if kind not in WHOLE:
-            raise UsageError(
-                f"--store-whole {kind} is unknown: choose among {', '.join(WHOLE)}, separated by "
-                "commas."
-            )
-
-
 def fates_of(
     changes: Changes,
     *,
     store_whole: Sequence[str] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    consumer: Consumer = CONSUMERS["peft"],
+    component: str | None = None,
 ) -> Fates:
-    """Returns what an adapter for PEFT can do about every tensor that differs."""
+    """Returns what an adapter for a consumer can do about every tensor that differs."""
     tied = [
         name
         for name in changes.changed
@@ -81,16 +74,51 @@ def fates_of(
         for name in rest
         if _is_whole(name, store_whole, reasons.get(name)) and reasons.get(name) not in CHOSEN
     ]
-    lost = {name: _remedy(name, why) for name, why in reasons.items() if name not in whole}
+    lost = {
+        name: _remedy(name, why, consumer) for name, why in reasons.items() if name not in whole
+    }
     new = [name for name in changes.added if lost.get(name) not in CHOSEN]
     lost |= dict.fromkeys(new, "not in the base: no adapter adds a tensor")
     found = {
         name: matrix for name, matrix in found.items() if name not in whole and name not in lost
     }
-    lost |= {name: TIED if _is_peft_tied(name) else UNTIED for name in tied}
+    lost |= {name: _tied_remedy(name, consumer) for name in tied}
     odd = [name for name in found if changes.base.tensors[name].dtype not in FLOATING]
     lost |= {name: f"dtype {changes.base.tensors[name].dtype} in the base" for name in odd}
-    return Fates({name: found[name] for name in found if name not in odd}, whole, lost)
+    lost |= _refused(found, consumer, component)
+    return Fates({name: found[name] for name in found if name not in lost}, whole, lost)
+
+
+def check_whole(store_whole: Sequence[str], consumer: Consumer) -> None:
+    """Raises UsageError for a kind of tensor that cannot be stored whole, or not there."""
+    for kind in store_whole:
+        if kind not in WHOLE:
+            raise UsageError(
+                f"--store-whole {kind} is unknown: choose among {', '.join(WHOLE)}, separated by "
+                "commas."
+            )
+    if store_whole and not consumer.whole:
+        raise UsageError(
+            f"--store-whole {','.join(store_whole)}: {consumer.title} loads nothing but products. "
+            "Leave it out, or choose --for peft."
+        )
+
+
+def _refused(
+    found: Mapping[str, Matrix], consumer: Consumer, component: str | None
+) -> dict[str, str]:
+    """What the consumer has no place for, and why."""
+    lost = {
+        name: f"{why}: another --for"
+        for name in found
+        if (why := consumer.refusal(name, found[name]))
+    }
+    left = [name for name in found if name not in lost]
+    if not consumer.components or not left:
+        return lost
+    of = component_of(left, component)
+    named = {name: naming_refusal(consumer, f"{of}.{name}") for name in left}
+    return lost | {name: why for name, why in named.items() if why}
 
 
 def check_losses(changes: Changes, lost: dict[str, str]) -> None:
@@ -118,6 +146,12 @@ def lost_share(changes: Changes, lost: dict[str, str]) -> float:
     return sum(energies[name] for name in lost) / (changes.energy or 1.0)
 
 
+def _tied_remedy(name: str, consumer: Consumer) -> str:
+    if not consumer.whole:
+        return f"tied to the output head: {consumer.title} holds neither whole"
+    return TIED if _is_peft_tied(name) else UNTIED
+
+
 def _is_peft_tied(name: str) -> bool:
     """PEFT gives the output head what it gives an embedding of this name, and of no other."""
     return name.endswith("embed_tokens.weight")
@@ -135,11 +169,15 @@ def _is_whole(name: str, kinds: Sequence[str], why: str | None) -> bool:
     return "embeddings" in kinds and name.endswith(".weight") and is_embedding(name)
 
 
-def _remedy(name: str, why: str) -> str:
+def _remedy(name: str, why: str, consumer: Consumer) -> str:
+    if why == GROWN and not consumer.whole:
+        grown = "has rows that the base has not"
+        return f"{grown}: {consumer.title} holds none, PEFT does: --store-whole embeddings"
     if why in (*CHOSEN, GROWN):
         return why
+    remedy = "add" if consumer.whole else f"{consumer.title} holds none, PEFT does:"
     if is_norm(name):
-        return "a norm: add --store-whole norms"
+        return f"a norm: {remedy} --store-whole norms"
     if name.endswith(".bias"):
-        return "a bias: add --store-whole biases"
+        return f"a bias: {remedy} --store-whole biases"
     return f"{why}: no LoRA holds it"

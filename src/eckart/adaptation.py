@@ -1,9 +1,10 @@
-"""The use cases of adapters, a few lines each: extract, apply, resize, merge."""
+"""The use cases of adapters, a few lines each: extract, apply, resize, merge, convert, lint."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from eckart.accounting import check_kinds, fates_of
+from eckart import verification
+from eckart.accounting import check_whole, fates_of
 from eckart.allocate import AutoRank
 from eckart.application import check_base, vocabulary_of, write_applied
 from eckart.assemble.application import orders_of
@@ -13,13 +14,15 @@ from eckart.certificate import (
     Certificate,
     Options,
 )
+from eckart.checkpoint.opening import open_source
 from eckart.checkpoint.tensor_file import SHARD_BYTES
-from eckart.checkpoint.writer import check_output, check_space, new_output
+from eckart.checkpoint.writer import CERTIFICATE, check_output, check_space, new_output
 from eckart.compression import (
     check_room,
     decompose_all,
     work_folder,
 )
+from eckart.consumers import check_component, component_of, consumer_of
 from eckart.errors import UsageError
 from eckart.execute import Progress, Silent, Workers, workers_for
 from eckart.extraction import (
@@ -32,8 +35,16 @@ from eckart.extraction import (
     write_adapter,
 )
 from eckart.formats.adapters import open_adapter
+from eckart.formats.pipelines import addressed, holds_adapter, open_lora
 from eckart.linalg.rounding import SignalRank
-from eckart.merging import check_mergeable, choose_ranks, weights_of, write_merged
+from eckart.merging import (
+    as_given,
+    check_held_by,
+    check_mergeable,
+    choose_ranks,
+    weights_of,
+    write_merged,
+)
 from eckart.planning import (
     check_align,
     check_device,
@@ -44,6 +55,7 @@ from eckart.planning import (
     stored_dtype,
 )
 from eckart.selection import select
+from eckart.verification import Fit
 
 PathLike = str | Path
 
@@ -59,6 +71,8 @@ def extract(
     keep: float | None = None,
     size: int | None = None,
     align: int = 1,
+    consumer: str = "peft",
+    component: str | None = None,
     store_whole: Sequence[str] = (),
     accept_loss: bool = False,
     include: Sequence[str] = (),
@@ -74,7 +88,7 @@ def extract(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Certificate:
-    """Writes tuned − base as a LoRA adapter in PEFT's format, and returns its certificate.
+    """Writes tuned − base as a LoRA adapter for a consumer, and returns its certificate.
 
     Exactly one of `rank`, `energy`, `error`, `keep` (against the parameters of the changed
     matrices) and `size` (bytes of the adapter's tensors) chooses the ranks, which only min(m, n)
@@ -83,7 +97,9 @@ def extract(
     differ are read, and no more. Every one that differs is factored, stored whole (`store_whole`:
     norms, biases, embeddings) or named as lost; more than a thousandth of the change's energy
     lost is a LossError, unless `accept_loss`, and nothing is written but the work folder, from
-    which the next run goes on.
+    which the next run goes on. `consumer` says who must be able to load it (peft, vllm, llama.cpp,
+    diffusers, kohya): what it cannot hold is lost for it, and where it takes one rank for all
+    modules a budget gives them one. `component` says which model of a diffusion pipeline this is.
 
     Cost: both models read twice, and an SVD of each matrix that differs. Peak memory: the largest
     matrix and its SVD, times the workers. Raises InputError (not a pair, nothing to extract), and
@@ -91,7 +107,9 @@ def extract(
     """
     policy = policy_of(rank=rank, energy=energy, error=error, keep=keep, size=size)
     check_device(device)
-    check_kinds(store_whole)
+    reader = consumer_of(consumer)
+    check_whole(store_whole, reader)
+    check_component(reader, component)
     check_align(align)
     stored = stored_dtype(dtype)
     model, origin = open_pair(Path(tuned), Path(base), allow_pickle=allow_pickle)
@@ -99,7 +117,8 @@ def extract(
     check_output(target, inputs=inputs, force=force)
     options: Options = {
         policy.name: policy.value,
-        "for": "peft",
+        "for": consumer,
+        "component": component,
         "align": align,
         "store_whole": [*store_whole],
         "accept_loss": accept_loss,
@@ -114,7 +133,17 @@ def extract(
     count = workers_for(shapes, workers, threads)
     with Workers(count, progress or Silent()) as crew:
         changes = compare_all(model, origin, crew)
-        fates = fates_of(changes, store_whole=store_whole, include=include, exclude=exclude)
+        fates = fates_of(
+            changes,
+            store_whole=store_whole,
+            include=include,
+            exclude=exclude,
+            consumer=reader,
+            component=component,
+        )
+        if reader.components and fates.matrices:
+            component = component_of(fates.matrices, component)
+            options["component"] = component
         delta = changes.delta()
         if not accept_loss:
             warn_of_losses(changes, fates, crew.watch)
@@ -124,7 +153,14 @@ def extract(
             crew.count = spread(peaks, fates.matrices, workers=workers, threads=threads)
             ranks = signal_ranks(changes, fates, seed, crew)
         targets = adapter_targets(
-            changes, fates, delta, policy, align=align, dtype=stored, found=ranks
+            changes,
+            fates,
+            delta,
+            policy,
+            align=align,
+            dtype=stored,
+            found=ranks,
+            consumer=reader,
         )
         crew.count = resources_for(targets, workers=workers, threads=threads)
         check_room(targets, target, named)
@@ -143,6 +179,8 @@ def extract(
                     fates=fates,
                     found=ranks,
                     accept_loss=accept_loss,
+                    consumer=reader,
+                    component=component,
                 )
             run.keep = keep_work and named is None
     return certificate
@@ -209,6 +247,8 @@ def resize(
     keep: float | None = None,
     size: int | None = None,
     align: int = 1,
+    consumer: str = "peft",
+    component: str | None = None,
     dtype: str | None = None,
     workers: int | None = None,
     threads: int | None = None,
@@ -231,6 +271,8 @@ def resize(
         keep=keep,
         size=size,
         align=align,
+        consumer=consumer,
+        component=component,
         dtype=dtype,
         workers=workers,
         threads=threads,
@@ -250,6 +292,8 @@ def merge(
     keep: float | None = None,
     size: int | None = None,
     align: int = 1,
+    consumer: str = "peft",
+    component: str | None = None,
     dtype: str | None = None,
     workers: int | None = None,
     threads: int | None = None,
@@ -260,24 +304,30 @@ def merge(
 
     The exact sum Σ wᵢ·sᵢ·BᵢAᵢ, then its best approximation at the rank that the policy chooses
     (`error=0`: as many as it has). Different ranks, scales and targets are added as they are;
-    weights may be negative. Cost: QR of the stacked factors, and the SVD of a core of the summed
-    rank, twice. Peak memory: the factors of one module. Raises CheckpointError for an adapter
-    that is not understood, or is for another model.
+    weights may be negative, and adapters in any form that `convert` reads. `consumer` is who must
+    be able to load the result; where all modules have one rank there, so does a budget. Cost: QR
+    of the stacked factors, and the SVD of a core of the summed rank, twice. Peak memory: the
+    factors of one module. Raises CheckpointError for an adapter that is not understood, or is for
+    another model, UsageError for what the consumer cannot hold.
     """
     policy = policy_of(rank=rank, energy=energy, error=error, keep=keep, size=size)
     check_align(align)
     if not adapters:
         raise UsageError("there is no adapter to merge: name one at least.")
-    stored, target = stored_dtype(dtype), Path(out)
+    stored, target, reader = stored_dtype(dtype), Path(out), consumer_of(consumer)
     folders = [Path(path) for path in adapters]
     check_output(target, inputs=folders, force=force)
-    opened, factors = [open_adapter(path) for path in folders], weights_of(weights, len(folders))
+    opened = [addressed(open_lora(path), reader, component) for path in folders]
+    factors = weights_of(weights, len(folders))
     check_mergeable(opened)
     sums = sums_of(opened, factors)
+    check_held_by(reader, opened, sums)
     count = workers_for([one.shape for one in sums.values()], workers, threads)
     options: Options = {
         policy.name: policy.value,
         "weights": [str(weight) for weight in factors],
+        "for": consumer,
+        "component": component,
         "align": align,
         "dtype": dtype,
         "seed": 0,
@@ -289,6 +339,79 @@ def merge(
     ):
         rest = sum(opened[0].source.tensors[name].nbytes for name in opened[0].whole.values())
         rest += sum(one.bias_bytes(stored) for one in sums.values())
-        choices = choose_ranks(sums, policy, crew, align=align, dtype=stored, rest_bytes=rest)
+        rest += reader.extra_bytes(len(sums))
+        choices = choose_ranks(
+            sums, policy, crew, align=align, dtype=stored, rest_bytes=rest, consumer=reader
+        )
         job = Job(opened[0].source, run.staged, 0, options, threads=threads, workers=count)
-        return write_merged(opened, sums, choices, job, crew, dtype=stored)
+        return write_merged(opened, sums, choices, job, crew, dtype=stored, consumer=reader)
+
+
+def convert(
+    adapter: PathLike,
+    out: PathLike,
+    *,
+    consumer: str,
+    component: str | None = None,
+    base: PathLike | None = None,
+    dtype: str | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Certificate:
+    """Writes a LoRA adapter in the form that a consumer loads, and returns its certificate.
+
+    Reads PEFT's folders, and files of diffusers and kohya. Exact, without an SVD: factors are
+    copied, their scale multiplied into B (a power of two changes no digit; any other is rounded
+    once, and the certificate has the error of what was written) and, where the consumer takes one
+    rank for all modules, zeros added. `component` says which model of a diffusion pipeline it is
+    for, where names do not tell; `base` is a checkpoint whose tensors name the layers that kohya's
+    names stand for. Cost: reads and writes the adapter. Raises CheckpointError for an adapter that
+    is not understood, UsageError for what the consumer cannot hold.
+    """
+    reader, stored, target, folder = (
+        consumer_of(consumer),
+        stored_dtype(dtype),
+        Path(out),
+        Path(adapter),
+    )
+    check_output(target, inputs=[folder], force=force)
+    listed = [] if base is None else open_source(Path(base)).tensors
+    modules = [name.removesuffix(".weight") for name in listed]
+    opened = addressed(open_lora(folder, modules), reader, component)
+    sums = sums_of([opened], [1.0])
+    check_held_by(reader, [opened], sums)
+    count = workers_for([one.shape for one in sums.values()], workers, threads)
+    options: Options = {
+        "for": consumer,
+        "component": component,
+        "weights": ["1.0"],
+        "dtype": dtype,
+        "seed": 0,
+        "threads": threads,
+    }
+    with (
+        new_output(target, inputs=[folder], force=force) as run,
+        Workers(count, progress or Silent()) as crew,
+    ):
+        job = Job(opened.source, run.staged, 0, options, threads=threads, workers=count)
+        choices = as_given(sums)
+        return write_merged(
+            [opened], sums, choices, job, crew, dtype=stored, consumer=reader, exactly=True
+        )
+
+
+def lint(adapter: PathLike) -> list[Fit]:
+    """Returns who loads an adapter as it stands; see `eckart.verification.lint`."""
+    return verification.lint(Path(adapter))
+
+
+def is_adapter(path: PathLike) -> bool:
+    """Returns whether a path looks like an adapter, in any form that is read."""
+    return holds_adapter(Path(path))
+
+
+def is_uncertified(path: PathLike) -> bool:
+    """Returns whether it looks like an adapter of which nothing is certified."""
+    return is_adapter(path) and not (Path(path) / CERTIFICATE).exists()

@@ -20,7 +20,7 @@ CERTIFICATE_BYTES = 2**28
 
 Form = Literal["ba", "pivoted", "dense"]
 MetricName = Literal["frobenius", "inputs", "curvature", "diagonal curvature"]
-Kind = Literal["factored", "dense", "adapter", "applied", "merged"]
+Kind = Literal["factored", "dense", "adapter", "applied", "merged", "converted"]
 Options = dict[str, str | int | float | bool | list[str] | None]
 Pair = tuple[int, int]  # before, after
 Sides = Annotated[tuple[int, ...], msgspec.Meta(min_length=2, max_length=4)]
@@ -163,7 +163,7 @@ class Certificate(Document, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     base: SourceRecord | None = None  # what an adapter is added to
     adapter: SourceRecord | None = None  # what was added to the source
     statistics: StatisticsRecord | None = None  # null: matrices in the Frobenius norm
-    merged: list[SourceRecord] = []  # adapters that were added up, or the one that was resized
+    merged: list[SourceRecord] = []  # adapters that were added up, or the one that was changed
     options: Options
     versions: dict[str, str]
     files: dict[str, FileRecord]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eckart.accounting import Fates, check_losses
-from eckart.allocate import BELOW_FLOOR, Choice, RankPolicy, Terms, paying_rank
+from eckart.allocate import BELOW_FLOOR, Choice, RankPolicy, Terms, one_rank, paying_rank
 from eckart.arrangement import is_dequantized
 from eckart.assemble.adapters import adapter_assembly, certify_adapter
 from eckart.assemble.job import Job
@@ -18,10 +18,12 @@ from eckart.checkpoint.delta import Delta
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
 from eckart.comparison import Changes
+from eckart.consumers import Consumer
 from eckart.decompose.request import on_threads
 from eckart.decompose.work import Work
 from eckart.errors import InputError, LossError, PromiseError
 from eckart.execute import Progress, Task, Workers
+from eckart.formats.forms import check_largest, form_remarks
 from eckart.inspection import Inspector
 from eckart.linalg.matrices import named_generator
 from eckart.linalg.rounding import SignalRank, signal_rank
@@ -56,6 +58,7 @@ def adapter_targets(
     align: int,
     dtype: str | None,
     found: Mapping[str, SignalRank],
+    consumer: Consumer,
 ) -> Targets:
     """Returns the matrices that differ, as a policy sees them; factors in the tuned dtype."""
     tuned = changes.tuned.tensors
@@ -67,9 +70,13 @@ def adapter_targets(
         name: item_of(tuned[name], matrix, dtypes[name]) for name, matrix in fates.matrices.items()
     }
     items |= {name: replace(items[name], known_rank=one.rank) for name, one in found.items()}
-    rest = sum(tuned[name].nbytes for name in fates.whole)
+    rest = sum(tuned[name].nbytes for name in fates.whole) + consumer.extra_bytes(len(items))
     terms = Terms("ba", align, rest, additive=True)
     policy.check(items, terms)
+    policy = one_rank(policy, items, terms) if consumer.uniform else policy
+    if policy.name == "rank":  # else only the spectra tell
+        limits = {name: policy.limit(item, terms) for name, item in items.items()}
+        check_largest(consumer, limits)
     return Targets(delta, policy, terms, dtype, fates.matrices, items, {}, {}, dtypes)
 
 
@@ -141,6 +148,8 @@ def write_adapter(
     fates: Fates,
     found: Mapping[str, SignalRank],
     accept_loss: bool,
+    consumer: Consumer,
+    component: str | None,
 ) -> Certificate:
     """Refuses what would be lost, else writes the adapter, measures it, and certifies it."""
     choices = {  # nothing above rounding is nothing lost: a rank of 0, with its error
@@ -161,8 +170,9 @@ def write_adapter(
     if not any(choice.rank for choice in choices.values()):
         raise InputError(
             f"no matrix of {printable(changes.tuned.path)} differs in a way that a LoRA holds, and "
-            "PEFT loads no adapter without one: copy the tensors that changed instead."
+            f"{consumer.title} loads no adapter without one: copy the tensors that changed instead."
         )
+    check_largest(consumer, {name: choice.rank or 0 for name, choice in choices.items()})
     assembly = adapter_assembly(
         delta,
         fates.matrices,
@@ -170,6 +180,8 @@ def write_adapter(
         work.done,
         targets.dtypes,
         whole=fates.whole,
+        consumer=consumer,
+        component=component,
     )
     filler, files = assembly.begin(job)
     tasks = [Task(name, (order,), order.seconds) for name, order in assembly.orders.items()]
@@ -184,7 +196,11 @@ def write_adapter(
         filled,
         matrices=fates.matrices,
         lost=fates.lost,
-        remarks=[*remarks_of(changes, fates, assembly.entries), *_below_floor(found)],
+        remarks=[
+            *remarks_of(changes, fates, assembly.entries),
+            *_below_floor(found),
+            *form_remarks(assembly.form, assembly.entries, job.options),
+        ],
     )
 
 

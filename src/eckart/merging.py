@@ -3,11 +3,11 @@
 Knows the order of things; what is computed of each tensor is in `assemble.recombination`.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from eckart.allocate import Choice, RankPolicy, Terms
+from eckart.allocate import Choice, RankPolicy, Terms, one_rank
 from eckart.allocate.policies import Keep
+from eckart.assemble.filling import Filled
 from eckart.assemble.job import Job
 from eckart.assemble.recombination import (
     Recombiner,
@@ -18,12 +18,15 @@ from eckart.assemble.recombination import (
     layout_of,
 )
 from eckart.certificate import Certificate
+from eckart.checkpoint.documents import indented_json
 from eckart.checkpoint.paths import printable, write_file
 from eckart.checkpoint.tensor_file import lay_out_file
+from eckart.consumers import Consumer
 from eckart.errors import CheckpointError, UsageError
 from eckart.execute import Task, Workers
 from eckart.formats import peft
 from eckart.formats.adapters import Adapter
+from eckart.formats.forms import AdapterForm, check_held, check_largest, form_remarks
 
 
 def weights_of(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -59,13 +62,17 @@ def choose_ranks(
     align: int,
     dtype: str | None,
     rest_bytes: int,
+    consumer: Consumer,
 ) -> dict[str, Choice]:
     """Returns the policy's ranks, from the singular values of the exact sums."""
-    tasks = [Task(name, (one,), one.seconds) for name, one in sums.items()]
-    spectra = dict(workers.map(SpectrumOf(), tasks, "decomposing"))
     items = {name: one.item(dtype) for name, one in sums.items()}
     terms = Terms("ba", align, rest_bytes, additive=True)
-    chosen = _against_given(policy, sums).choose(items, spectra, terms)
+    policy = _against_given(policy, sums)
+    if consumer.uniform:
+        policy = one_rank(policy, items, terms)
+    tasks = [Task(name, (one,), one.seconds) for name, one in sums.items()]
+    spectra = dict(workers.map(SpectrumOf(), tasks, "decomposing"))
+    chosen = policy.choose(items, spectra, terms)
     return {
         name: Choice(min(choice.rank or 0, sums[name].rank), choice.reason)
         for name, choice in chosen.items()
@@ -80,28 +87,74 @@ def write_merged(
     workers: Workers,
     *,
     dtype: str | None,
+    consumer: Consumer,
+    exactly: bool = False,
 ) -> Certificate:
-    """Lays the file out, fills it in any order, and certifies it."""
+    """Lays the file out, fills it in any order, and certifies it.
+
+    `exactly`: of one adapter, as it is in another form; its factors are copied, not decomposed.
+    """
     first = adapters[0]
     _check_something_left(sums, choices, dtype)
-    layout, orders = layout_of(sums, choices, first, dtype)
-    files = lay_out_file(job.staged / peft.WEIGHTS, layout)
-    unit = Recombiner(first.source, files, job.threads)
+    check_largest(consumer, {name: choice.rank or 0 for name, choice in choices.items()})
+    entries = entries_of(sums, {name: choice.rank for name, choice in choices.items()})
+    form = AdapterForm.of(consumer, entries)
+    layout, orders = layout_of(sums, choices, first, dtype, form=form, exactly=exactly)
+    files = lay_out_file(job.staged / form.weights, layout)
+    unit = Recombiner(first.source, files, form, job.threads)
     tasks = [Task(name, (order,), order.seconds) for name, order in orders.items()]
     filled = [one for _, one in workers.map(unit, tasks, "writing")]
     files.sync()
-    document = peft.configuration(
-        entries_of(sums, {name: choice.rank for name, choice in choices.items()}),
+    document = form.configuration(
+        entries,
         base=first.config.get("base_model_name_or_path"),
         task=first.config.get("task_type"),
         whole=first.whole,
         has_lora_bias=any(name.endswith(".lora_B.bias") for name in layout),
         is_tied=first.config.get("ensure_weight_tying") is True,
     )
-    write_file(job.staged / peft.CONFIG, json.dumps(document, indent=2).encode("ascii") + b"\n")
+    if document is not None:
+        write_file(job.staged / peft.CONFIG, indented_json(document))
     for adapter in adapters:
         adapter.source.check_unchanged()
-    return certify_merged(job, adapters, sums, choices, filled)
+    remarks = form_remarks(form, entries, job.options)
+    if exactly:
+        remarks += rounding_remarks(filled)
+    return certify_merged(
+        job,
+        adapters,
+        sums,
+        choices,
+        filled,
+        kind="converted" if exactly else "merged",
+        form=form,
+        remarks=remarks,
+    )
+
+
+def check_held_by(consumer: Consumer, adapters: Sequence[Adapter], sums: Mapping[str, Sum]) -> None:
+    """Raises UsageError where the headers show that a consumer cannot hold the sum."""
+    entries = {name: one.entry(one.rank) for name, one in sums.items()}
+    biases = [name for name, one in sums.items() if one.bias_bytes(None)]
+    check_held(consumer, entries, [*adapters[0].whole, *(f"the bias of {X}" for X in biases)])
+
+
+def as_given(sums: Mapping[str, Sum]) -> dict[str, Choice]:
+    """Returns the ranks of one adapter as its factors have them."""
+    return {name: Choice(one.summands[0].part.rank) for name, one in sums.items()}
+
+
+def rounding_remarks(filled: Iterable[Filled]) -> list[str]:
+    """Returns what a change of scale took, where it is no power of two."""
+    errors = [one.record.relative_error for one in filled if one.record]
+    rounded = [error for error in errors if error]
+    if not rounded:
+        return ["every number is the given one, or a power of two times it: nothing was rounded."]
+    return [
+        f"the numbers of {len(rounded)} of {len(errors)} modules were rounded, for a scale that is "
+        f"no power of two or for another dtype: an error of {max(rounded):.2g} at most. --dtype "
+        "float32 makes it least."
+    ]
 
 
 def _check_something_left(

@@ -17,7 +17,8 @@ from eckart.certificate import (
     ShareRow,
 )
 from eckart.checkpoint.paths import printable
-from eckart.verification import Check
+from eckart.consumers import CONSUMERS
+from eckart.verification import Check, Fit
 
 WIDE = 130
 """Columns a terminal must have for every figure of `inspect`; a narrower one shows fewer."""
@@ -175,6 +176,16 @@ def check_table(checks: list[Check]) -> Table:
         mark = Text("✓", "green") if check.held else Text("✗", "bold red")
         name = printable(check.name).removesuffix(".weight")
         table.add_row(mark, Text(name), Text(printable(check.detail)))
+    return table
+
+
+def fit_table(fits: list[Fit]) -> Table:
+    """Returns one line per consumer: whether it loads the adapter as it stands, and what to set."""
+    table = Table.grid(padding=(0, 2))
+    for fit in fits:
+        title = CONSUMERS[fit.consumer].title
+        words = Text("loads in" if fit.loads else "does not load in", "" if fit.loads else "dim")
+        table.add_row(words, Text(title), Text(printable(fit.detail)))
     return table
 
 

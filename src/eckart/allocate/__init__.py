@@ -19,3 +19,4 @@ from eckart.allocate.policies import Keep as Keep
 from eckart.allocate.policies import RankPolicy as RankPolicy
 from eckart.allocate.policies import RelativeError as RelativeError
 from eckart.allocate.policies import Size as Size
+from eckart.allocate.uniform import one_rank as one_rank

@@ -1,6 +1,5 @@
 """Adapters: what is to be laid out, the order that fills each tensor, and what is claimed of it."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,14 +22,17 @@ from eckart.certificate import (
     Totals,
 )
 from eckart.checkpoint.delta import Delta
+from eckart.checkpoint.documents import indented_json
 from eckart.checkpoint.header import DTYPES, TensorInfo, read_header
 from eckart.checkpoint.paths import write_file
 from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout, lay_out_file
 from eckart.checkpoint.writer import CERTIFICATE
 from eckart.comparison import Changes
+from eckart.consumers import CONSUMERS, Consumer
 from eckart.decompose import Decomposition
 from eckart.families import is_routed_expert, is_tied_to_head
 from eckart.formats import peft
+from eckart.formats.forms import AdapterForm
 from eckart.matrix import Matrix
 
 WHOLE = "as the tuned model has it"
@@ -45,26 +47,27 @@ class AdapterAssembly:
     whole: Sequence[str]
     layout: Mapping[str, TensorLayout]
     orders: Mapping[str, Order]
+    form: AdapterForm
     is_tied: bool  # a whole embedding stands for the output head too
 
     def begin(self, job: Job) -> tuple[Filler, TensorFiles]:
         """Lays the file out in the staged folder; returns the unit that fills it, and the file."""
-        files = lay_out_file(job.staged / peft.WEIGHTS, self.layout)
+        files = lay_out_file(job.staged / self.form.weights, self.layout)
         filler = Filler(
-            self.delta, self.delta.tuned, files, self.layout, job.seed, job.threads, "peft"
+            self.delta, self.delta.tuned, files, self.layout, job.seed, job.threads, self.form
         )
         return filler, files
 
     def write_configuration(self, job: Job) -> None:
-        """Writes adapter_config.json."""
-        document = peft.configuration(
+        """Writes what the consumer reads beside the weights."""
+        document = self.form.configuration(
             self.entries,
             base=str(self.delta.base.path),
             whole=self.whole,
             is_tied=self.is_tied,
         )
-        text = json.dumps(document, indent=2).encode("ascii")
-        write_file(job.staged / peft.CONFIG, text + b"\n")
+        if document is not None:
+            write_file(job.staged / peft.CONFIG, indented_json(document))
 
 
 def adapter_assembly(
@@ -75,8 +78,10 @@ def adapter_assembly(
     dtypes: Mapping[str, str],
     *,
     whole: Sequence[str] = (),
+    consumer: Consumer = CONSUMERS["peft"],
+    component: str | None = None,
 ) -> AdapterAssembly:
-    """Returns the plan of an adapter in PEFT's format; rank 0 leaves a module out."""
+    """Returns the plan of an adapter in a consumer's form; rank 0 leaves a module out."""
     ranks = {name: choice.rank for name, choice in sorted(choices.items()) if choice.rank}
     is_mixture = any(is_routed_expert(name) for name in delta.tuned.tensors)
     entries = {
@@ -86,10 +91,11 @@ def adapter_assembly(
         )
         for name, rank in ranks.items()
     }
+    form = AdapterForm.of(consumer, entries, component)
     layout: dict[str, TensorLayout] = {}
     orders: dict[str, Order] = {}
     for name, entry in entries.items():
-        layout |= peft.layout(name, entry, dtypes[name])
+        layout |= form.layout(name, entry, dtypes[name])
         orders[name] = Factor(name, entry, decompositions[name], dtypes[name])
     for name in whole:
         info, stored = delta.tuned.tensors[name], peft.whole_name(name, entries)
@@ -99,7 +105,7 @@ def adapter_assembly(
     for name in tied:
         layout[peft.TIED_HEAD] = layout[peft.whole_name(name, entries)]
         orders[peft.TIED_HEAD] = Copy(name, peft.TIED_HEAD, delta.tuned.tensors[name].nbytes)
-    return AdapterAssembly(delta, entries, whole, layout, orders, bool(tied))
+    return AdapterAssembly(delta, entries, whole, layout, orders, form, bool(tied))
 
 
 def certify_adapter(
@@ -139,7 +145,9 @@ def certify_adapter(
         lost=[_share(name, why, shares) for name, why in sorted(lost.items())],
         unchanged=sorted(changes.unchanged),
         factored={peft.module_of(name): entry for name, entry in assembly.entries.items()},
-        totals=adapter_totals(tuned.tensors, read_header(job.staged / peft.WEIGHTS), records),
+        totals=adapter_totals(
+            tuned.tensors, read_header(job.staged / assembly.form.weights), records
+        ),
         change=Change(
             energy=changes.energy,
             factored=math.fsum(shares[record.name] for record in records),

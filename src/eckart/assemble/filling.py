@@ -22,8 +22,9 @@ from eckart.decompose import Decomposition
 from eckart.decompose.request import FLOPS, on_threads, threads_for
 from eckart.decompose.weighting import Metrics
 from eckart.errors import CheckpointError, NonFiniteError, PromiseError
-from eckart.formats import FORMATS, FormatName, dense, factored, peft
+from eckart.formats import Format, dense, factored, peft
 from eckart.formats.factored import Product
+from eckart.formats.forms import AdapterForm
 from eckart.linalg.arrays import check_finite
 from eckart.linalg.factors import pivot
 from eckart.linalg.metric import Metric
@@ -102,8 +103,13 @@ class Filler:
     layout: Mapping[str, TensorLayout]
     seed: int
     threads: int | None = None
-    format: FormatName = "factored"
+    form: AdapterForm | None = None  # of an addition
     statistics: Statistics | None = None  # what the parts were decomposed with
+
+    @property
+    def format(self) -> Format:
+        """How factors are stored."""
+        return self.form or factored
 
     def __call__(self, order: Order) -> Filled:
         """Reads, writes, reads back and measures. Peak memory: one matrix, and two copies of it."""
@@ -122,8 +128,8 @@ class Filler:
 
     def _factor(self, order: Factor) -> Filled:
         name, entry, known = order.name, order.entry, order.decomposition
-        matrix, crc, form = factored.matrix_of(entry), 0, FORMATS[self.format]
-        together = matrix.is_stack and self.format == "peft"  # its B lies across the experts
+        matrix, crc, form = factored.matrix_of(entry), 0, self.format
+        together = matrix.is_stack and self.form is not None  # its B lies across the experts
         written = self._written(form.layout(name, entry, order.dtype))
         metrics = Metrics(self.statistics, name)
 
@@ -155,13 +161,13 @@ class Filler:
 
     def _bias(self, name: str, matrix: Matrix) -> Tensor | None:
         """What stands beside a product where it is used: beside an addition, nothing."""
-        if self.format != "factored":
+        if self.form is not None:
             return None
         return bias_of(self.source, f"{factored.module_of(name)}.bias", matrix)
 
     def _write(self, order: Factor, product: Product, index: int) -> None:
         """Puts the factors of one matrix in their places."""
-        parts = FORMATS[self.format].encode(order.name, order.entry, product)
+        parts = self.format.encode(order.name, order.entry, product)
         for part, tensor in parts.items():
             if tensor.is_floating_point():
                 _check_overflow(tensor, part)
@@ -169,7 +175,8 @@ class Filler:
 
     def _record(self, order: Factor, measured: Measured) -> MatrixRecord:
         info, entry, known = self.stored.tensors[order.name], order.entry, order.decomposition
-        parameters, sizes = count(info, entry, order.dtype)
+        stored = self.form.stored(entry) if self.form else entry
+        parameters, sizes = count(info, stored, order.dtype)
         optimum = known.spectrum.relative_error(entry.rank) if known.all_values else None
         weighted = measured.weighted
         return MatrixRecord(

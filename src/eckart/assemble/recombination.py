@@ -19,6 +19,7 @@ from eckart.assemble.measurement import tail
 from eckart.certificate import (
     Certificate,
     FactoredEntry,
+    Kind,
     MatrixRecord,
     Row,
     SourceRecord,
@@ -33,6 +34,8 @@ from eckart.decompose.request import FLOPS, on_threads
 from eckart.errors import CheckpointError
 from eckart.formats import peft
 from eckart.formats.adapters import Adapter, Part
+from eckart.formats.forms import AdapterForm
+from eckart.formats.pipelines import entry_of
 from eckart.linalg.arrays import check_finite
 from eckart.linalg.factors import Factors, product_energy, product_spectrum, recompress, split
 from eckart.linalg.residual import rounded_up
@@ -106,16 +109,8 @@ class Sum:
 
     def entry(self, rank: int) -> FactoredEntry:
         """Returns how it is stored at a rank."""
-        first, (m, n) = self.summands[0], self.shape
-        A, part = first.source.tensors[first.part.A].shape, first.part
-        if part.experts:
-            shape = (part.experts, m, n)
-            return FactoredEntry(rank=rank, form="ba", shape=shape, orientation="out_in")
-        if len(A) == 4:
-            return FactoredEntry(rank=rank, form="ba", shape=(m, *A[1:]), orientation="out_in")
-        if part.is_embedding or part.transposed:
-            return FactoredEntry(rank=rank, form="ba", shape=(n, m), orientation="in_out")
-        return FactoredEntry(rank=rank, form="ba", shape=(m, n), orientation="out_in")
+        first = self.summands[0]
+        return entry_of(first.part, first.source, rank)
 
 
 def entries_of(
@@ -187,6 +182,7 @@ class Recombine:
     entry: FactoredEntry
     dtype: str
     seconds: float
+    exactly: bool = False  # the given factors with their scale in B, and no SVD
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +205,7 @@ class Recombiner:
 
     first: Source
     files: TensorFiles
+    form: AdapterForm
     threads: int | None = None
 
     def __call__(self, order: Order) -> Filled:
@@ -228,26 +225,33 @@ class Recombiner:
             return self._recombine(order)
 
     def _recombine(self, order: Recombine) -> Filled:
-        one, entry, dtype = order.sum, order.entry, DTYPES[order.dtype]
+        one, entry = order.sum, order.entry
         kept, spectra, missed, total = list[Factors](), list[Spectrum](), 0.0, 0.0
         for index in range(one.count):
             exact = one.factors(index)
-            svd = recompress(exact, rank=entry.rank, name=order.name)
-            kept.append(split(svd).to(dtype))
-            spectra.append(svd.spectrum)
-            missed, total = missed + missed_energy(exact, kept[-1]), total + svd.energy
+            if order.exactly:
+                best, size = exact, product_energy(exact)
+            else:
+                svd = recompress(exact, rank=entry.rank, name=order.name)
+                best, size = split(svd), svd.energy
+                spectra.append(svd.spectrum)
+            kept.append(best.to(DTYPES[order.dtype]))
+            missed, total = missed + missed_energy(exact, kept[-1]), total + size
         product = peft.stacked(kept) if len(entry.shape) == 3 else kept[0]
-        A, B = peft.part_names(order.name, entry)
-        for name, factor in ((A, product.A), (B, product.B)):
-            check_finite(factor, name)
-            self.files.write(name, factor)
-        record = _record(order, together(spectra), rounded_up(missed, total))
-        return Filled(order.name, None, record)
+        for name, tensor in self.form.encode(order.name, entry, product).items():
+            check_finite(tensor, name)
+            self.files.write(name, tensor)
+        stored, error = self.form.stored(entry).rank, rounded_up(missed, total)
+        spectrum = together(spectra) if spectra else None
+        return Filled(order.name, None, _record(order, stored, spectrum, error))
 
 
-def _record(order: Recombine, spectrum: Spectrum, error: float) -> MatrixRecord:
+def _record(order: Recombine, stored: int, spectrum: Spectrum | None, error: float) -> MatrixRecord:
     one, entry = order.sum, order.entry
-    given, after = one.parameters, one.count * entry.rank * sum(one.shape)
+    given, after = one.parameters, one.count * stored * sum(one.shape)
+    optimum = None
+    if spectrum is not None:
+        optimum = spectrum.relative_error(entry.rank) if spectrum.energy else 0.0
     return MatrixRecord(
         name=order.name,
         shape=entry.shape,
@@ -259,17 +263,23 @@ def _record(order: Recombine, spectrum: Spectrum, error: float) -> MatrixRecord:
         bytes=(given * DTYPES[one.dtype].itemsize, after * DTYPES[order.dtype].itemsize),
         relative_error=error,
         excess_estimate=0.0,
-        optimum=spectrum.relative_error(entry.rank) if spectrum.energy else 0.0,
+        optimum=optimum,
         output_error=None,
         metric="frobenius",
-        method="core",
-        tail=tail(spectrum, entry.rank),
+        method="core" if spectrum else "copy",
+        tail=tail(spectrum, entry.rank) if spectrum else [],
     )
 
 
 def missed_energy(exact: Factors, kept: Factors) -> float:
-    """Returns ‖BA − B'A'‖_F² from the factors alone, in float64: QR of both sides."""
+    """Returns ‖BA − B'A'‖_F² from the factors alone, in float64: QR of both sides.
+
+    Exactly 0 where the factors are the same, but for zeros beside them.
+    """
     kept = kept.to(torch.float64)
+    wide = exact.padded(max(exact.rank, kept.rank))
+    if kept.B.equal(wide.B) and kept.A.equal(wide.A):
+        return 0.0
     return product_energy(Factors(torch.cat([exact.B, -kept.B], 1), torch.cat([exact.A, kept.A])))
 
 
@@ -289,6 +299,10 @@ def certify_merged(
     sums: Mapping[str, Sum],
     choices: Mapping[str, Choice],
     filled: Iterable[Filled],
+    *,
+    kind: Kind,
+    form: AdapterForm,
+    remarks: Sequence[str] = (),
 ) -> Certificate:
     """Writes eckart.json over everything that stands in the staged folder."""
     entries = entries_of(sums, {name: choice.rank for name, choice in choices.items()})
@@ -302,12 +316,12 @@ def certify_merged(
     before = sum(one.parameters for one in sums.values())
     after = sum(record.parameters[1] for record in records)
     given = [info for adapter in adapters for info in adapter.source.tensors.values()]
-    written = [*read_header(job.staged / peft.WEIGHTS).values()]
+    written = [*read_header(job.staged / form.weights).values()]
     sources = [
         SourceRecord(name=one.source.name, fingerprint=one.source.fingerprint()) for one in adapters
     ]
     certificate = Certificate(
-        kind="merged",
+        kind=kind,
         source=sources[0],
         merged=sources,
         options=job.options,
@@ -322,6 +336,7 @@ def certify_merged(
             tensor_bytes=(sum(i.nbytes for i in given), sum(i.nbytes for i in written)),
             keep=after / before if before else 0.0,
         ),
+        remarks=[*remarks],
         run=run_of(job),
     )
     write_file(job.staged / CERTIFICATE, certificate.encode())
@@ -333,6 +348,9 @@ def layout_of(
     choices: Mapping[str, Choice],
     adapter: Adapter,
     dtype: str | None,
+    *,
+    form: AdapterForm,
+    exactly: bool,
 ) -> tuple[dict[str, TensorLayout], dict[str, Order]]:
     """Returns what is to be laid out, and the order that fills each tensor."""
     layout: dict[str, TensorLayout] = {}
@@ -341,8 +359,8 @@ def layout_of(
     for name, entry in entries.items():
         one = sums[name]
         stored = dtype or one.dtype
-        layout |= peft.layout(name, entry, stored)
-        orders[name] = Recombine(name, one, entry, stored, 2 * one.seconds)
+        layout |= form.layout(name, entry, stored)
+        orders[name] = Recombine(name, one, entry, stored, 2 * one.seconds, exactly)
         if any(summand.part.bias for summand in one.summands):
             bias = peft.bias_name(name)
             layout[bias] = TensorLayout.of(stored, (one.shape[0],))

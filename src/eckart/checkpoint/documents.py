@@ -41,6 +41,11 @@ def parse_json(text: bytes, name: str) -> dict[str, Any]:
     return document
 
 
+def indented_json(document: object) -> bytes:
+    """Returns a JSON document as people read it."""
+    return json.dumps(document, indent=2).encode("ascii") + b"\n"
+
+
 def canonical_json(document: object) -> bytes:
     """Returns the one spelling of a JSON document: sorted keys, no spaces, ASCII.
 

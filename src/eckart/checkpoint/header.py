@@ -85,6 +85,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     }
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Returns what a safetensors file says of itself: texts by name."""
+    header, _ = _header_bytes(path)
+    found = parse_json(header, f"the header of {printable(path)}").get("__metadata__")
+    texts = found if isinstance(found, dict) else {}
+    return {str(key): value for key, value in texts.items() if isinstance(value, str)}
+
+
 def file_sha256(path: Path) -> str:
     """Returns the SHA-256 of a regular file's contents."""
     descriptor = open_regular(path)

@@ -14,9 +14,12 @@ from eckart.cli.options import (
     AdapterSize,
     Align,
     AllowPickle,
+    Component,
+    ConsumerOption,
     Device,
     Exclude,
     FactorDtype,
+    For,
     Force,
     Include,
     Json,
@@ -49,6 +52,8 @@ def extract(
     ] = None,
     size: AdapterSize = None,
     align: Align = 1,
+    consumer: For = ConsumerOption.peft,
+    component: Component = None,
     store_whole: Annotated[
         str, typer.Option(metavar="KINDS", help="Of norms,biases,embeddings: stored exactly.")
     ] = "",
@@ -90,6 +95,8 @@ def extract(
             keep=keep,
             size=size_bytes,
             align=align,
+            consumer=consumer.value,
+            component=component,
             store_whole=[kind.strip() for kind in store_whole.split(",") if kind.strip()],
             accept_loss=accept_loss,
             include=include or (),
@@ -125,6 +132,8 @@ def resize(
     ] = None,
     size: AdapterSize = None,
     align: Align = 1,
+    consumer: For = ConsumerOption.peft,
+    component: Component = None,
     dtype: FactorDtype = None,
     workers: Workers = None,
     threads: Threads = None,
@@ -137,6 +146,8 @@ def resize(
     policy = {"rank": rank, "energy": energy, "error": error, "keep": keep, "size": size}
     settings = {
         "align": align,
+        "consumer": consumer.value,
+        "component": component,
         "dtype": dtype,
         "workers": workers,
         "threads": threads,
@@ -160,6 +171,8 @@ def merge(
     ] = None,
     size: AdapterSize = None,
     align: Align = 1,
+    consumer: For = ConsumerOption.peft,
+    component: Component = None,
     dtype: FactorDtype = None,
     workers: Workers = None,
     threads: Threads = None,
@@ -172,6 +185,8 @@ def merge(
     policy = {"rank": rank, "energy": energy, "error": error, "keep": keep, "size": size}
     settings = {
         "align": align,
+        "consumer": consumer.value,
+        "component": component,
         "dtype": dtype,
         "workers": workers,
         "threads": threads,
@@ -205,8 +220,52 @@ def _merge(
         print_json(certificate.document())
     elif not quiet:
         print_table(merged_table(certificate))
+        say_all(certificate.remarks)
         given = " ".join(f"--against {path}" for path in adapters)
         say(f"wrote {output}; prove it: eckart verify {output} {given}")
+
+
+@app.command()
+def convert(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A LoRA adapter, any form.")],
+    output: Out,
+    consumer: For,
+    component: Component = None,
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", metavar="BASE", help="Of kohya's names: its tensors name layers."),
+    ] = None,
+    dtype: FactorDtype = None,
+    workers: Workers = None,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    force: Force = False,
+) -> None:
+    """A LoRA adapter in the form that another loader takes: exact, without an SVD."""
+    warm_up(workers)
+    from eckart import adaptation
+    from eckart.screen import merged_table
+
+    with watching(quiet=quiet or json) as progress:
+        certificate = adaptation.convert(
+            adapter,
+            output,
+            consumer=consumer.value,
+            component=component,
+            base=base,
+            dtype=dtype,
+            workers=workers,
+            threads=threads,
+            force=force,
+            progress=progress,
+        )
+    if json:
+        print_json(certificate.document())
+    elif not quiet:
+        print_table(merged_table(certificate))
+        say_all(certificate.remarks)
+        say(f"wrote {output}; prove it: eckart verify {output} --against {adapter}")
 
 
 @app.command()

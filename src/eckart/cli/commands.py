@@ -10,6 +10,7 @@ from eckart import __version__
 from eckart.cli.options import (
     Align,
     AllowPickle,
+    ConsumerOption,
     Device,
     Exclude,
     FactorDtype,
@@ -228,7 +229,9 @@ def densify(
 
 @app.command()
 def verify(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that eckart wrote.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A folder that eckart wrote, or any adapter.")
+    ],
     against: Annotated[
         list[Path] | None, typer.Option("--against", metavar="SRC", help="What it was made from.")
     ] = None,
@@ -238,6 +241,10 @@ def verify(
     statistics: Annotated[
         Path | None, typer.Option("--statistics", metavar="S", help="What it was made with.")
     ] = None,
+    consumers: Annotated[
+        list[ConsumerOption] | None,
+        typer.Option("--for", help="It must load there; asked of any adapter."),
+    ] = None,
     workers: Workers = None,
     allow_pickle: AllowPickle = False,
     json: Json = False,
@@ -245,30 +252,44 @@ def verify(
 ) -> None:
     """Recompute what the certificate claims, from the files; exit 6 if it does not hold."""
     warm_up(workers if against else 1)
-    from eckart import api
-    from eckart.screen import check_table
+    from eckart import adaptation, api
 
+    foreign = adaptation.is_uncertified(output)
+    fits = adaptation.lint(output) if foreign else []
+    if foreign and not consumers:  # what can be said, before the error
+        _show_checks([], fits, json=json, quiet=quiet)
     with watching(quiet=quiet or json) as progress:
         checks = api.verify(
             output,
             against,
             base=base,
             statistics=statistics,
+            consumers=[consumer.value for consumer in consumers or ()],
             workers=workers,
             allow_pickle=allow_pickle,
             progress=progress,
         )
     failed = [check for check in checks if not check.held]
+    if not failed and adaptation.is_adapter(output):
+        fits = adaptation.lint(output)
+    _show_checks(checks, fits, json=json, quiet=quiet)
+    if failed:
+        broken = "does not load there" if foreign else "does not hold its promise"
+        raise PromiseError(f"{output} {broken}: {failed[0].name}: {failed[0].detail}.")
+    if not against and not foreign and not json and not quiet:
+        say("the files are as written; add what it was made from to recompute every error too")
+
+
+def _show_checks(checks: list[Any], fits: list[Any], *, json: bool, quiet: bool) -> None:
+    from eckart.screen import check_table, fit_table
+
     if json:
-        print_json({"held": not failed, "checks": checks})
+        held = bool(checks) and all(check.held for check in checks)
+        print_json({"held": held, "checks": checks, "loads": fits})
     elif not quiet:
         print_table(check_table(checks))
-        if not against and not failed:
-            say("the files are as written; add what it was made from to recompute every error too")
-    if failed:
-        raise PromiseError(
-            f"{output} does not hold its promise: {failed[0].name}: {failed[0].detail}."
-        )
+        if fits:
+            print_table(fit_table(fits))
 
 
 def _show_plan(plan: Any, *, json: bool, quiet: bool) -> None:

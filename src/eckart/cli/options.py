@@ -18,6 +18,23 @@ class FormOption(StrEnum):
     pivoted = "pivoted"
 
 
+class ConsumerOption(StrEnum):
+    """Who must be able to load an adapter."""
+
+    peft = "peft"
+    vllm = "vllm"
+    llama_cpp = "llama.cpp"
+    diffusers = "diffusers"
+    kohya = "kohya"
+
+
+For = Annotated[ConsumerOption, typer.Option("--for", help="Who must be able to load it.")]
+Component = Annotated[
+    str | None,
+    typer.Option(
+        "--component", metavar="NAME", help="Of a diffusion pipeline: unet, transformer, …"
+    ),
+]
 Source = Annotated[
     Path, typer.Argument(metavar="SRC", help="A checkpoint's folder, or one weight file.")
 ]

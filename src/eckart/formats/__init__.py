@@ -1,17 +1,13 @@
 """Factors as named tensors: format 1, dense again, adapters."""
 
-from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from eckart.certificate import FactoredEntry
 from eckart.checkpoint.source import Source
 from eckart.checkpoint.tensor_file import TensorLayout
-from eckart.formats import factored, peft
 from eckart.linalg.factors import Factors, PivotedFactors
-
-FormatName = Literal["factored", "peft"]
 
 
 class Format(Protocol):
@@ -34,6 +30,3 @@ class Format(Protocol):
     ) -> Factors | PivotedFactors:
         """Returns the factors of one matrix, as they are stored."""
         ...
-
-
-FORMATS: Mapping[FormatName, Format] = {"factored": factored, "peft": peft}

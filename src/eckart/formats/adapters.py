@@ -8,7 +8,7 @@ import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eckart.checkpoint.documents import read_json
 from eckart.checkpoint.header import read_header
@@ -114,6 +114,7 @@ class Adapter:
     parts: Mapping[str, Part]  # by tensor of the model
     whole: Mapping[str, str]  # tensor of the model → the adapter's
     bases: Mapping[str, str]  # … of a layer under a LoRA, which must be the base's own
+    keys: Literal["peft", "diffusers", "kohya"] = "peft"  # how its tensors are named
 
 
 def open_adapter(folder: Path) -> Adapter:
@@ -126,7 +127,7 @@ def open_adapter(folder: Path) -> Adapter:
                 "PEFT's format."
             )
     config = read_json(folder / CONFIG)
-    _check_config(config, folder)
+    check_config(config, folder / CONFIG)
     source = Checkpoint(folder, read_header(folder / WEIGHTS))
     parts, whole, bases = _sorted_out(source)
     if not parts and not whole:
@@ -140,11 +141,12 @@ def open_adapter(folder: Path) -> Adapter:
     )
 
 
-def _check_config(config: Mapping[str, Any], folder: Path) -> None:
+def check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Raises CheckpointError for a field that is not understood, and changes what is added."""
     if config.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"{printable(folder)} is an adapter of type {printable(config.get('peft_type'))}: only "
-            "LORA is understood."
+            f"{printable(path)} is for an adapter of type {printable(config.get('peft_type'))}: "
+            "only LORA is understood."
         )
     odd = {
         key: value
@@ -159,18 +161,18 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
     if odd:
         key, value = min(odd.items())
         raise CheckpointError(
-            f"{printable(folder / CONFIG)} has {printable(key)} = {printable(value)}, which "
+            f"{printable(path)} has {printable(key)} = {printable(value)}, which "
             "changes what the adapter does and is not supported: merge it with PEFT and extract it."
         )
     for key in ("r", "lora_alpha"):
-        _number(config, key, folder)
+        _number(config, key, path)
 
 
-def _number(config: Mapping[str, Any], key: str, folder: Path) -> float:
+def _number(config: Mapping[str, Any], key: str, path: Path) -> float:
     value = config.get(key)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= LARGEST:
         raise CheckpointError(
-            f"{printable(folder / CONFIG)} has {key} = {printable(value)}: it must be a number "
+            f"{printable(path)} has {key} = {printable(value)}: it must be a number "
             "from 0 to a million."
         )
     return float(value)
@@ -229,7 +231,7 @@ def _parts(
         name = _target(X, found.keys(), source, config)
         if name in parts:
             raise CheckpointError(f"{printable(source.path)} adds to {printable(name)} twice.")
-        parts[name] = _part(name, names, source, config)
+        parts[name] = part_of(name, names, source, config)
     return parts
 
 
@@ -260,7 +262,8 @@ def _is_end(end: str, name: str) -> bool:
     return not end or name == end or name.endswith(f".{end}")
 
 
-def _part(name: str, found: Mapping[str, str], source: Source, config: Mapping[str, Any]) -> Part:
+def part_of(name: str, found: Mapping[str, str], source: Source, config: Mapping[str, Any]) -> Part:
+    """Returns what is added to a tensor by those found for it, as a configuration says."""
     X = name.removesuffix(".weight")
     where = f"{printable(X)} in {printable(source.path)}"
     if not {"A", "B"} <= found.keys():

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from eckart.errors import NonFiniteError, ShapeError
+from eckart.errors import NonFiniteError, RankError, ShapeError
 from eckart.linalg.arrays import Array, as_tensor
 from eckart.linalg.blocks import row_blocks
 from eckart.linalg.exact import TruncatedSVD, exact_svd, singular_values
@@ -59,6 +59,20 @@ class Factors:
     def to(self, dtype: torch.dtype) -> "Factors":
         """Returns the same factors in another dtype, rounded."""
         return Factors(self.B.to(dtype), self.A.to(dtype))
+
+    def padded(self, rank: int) -> "Factors":
+        """Returns the same product with a larger r: columns and rows of zeros are added.
+
+        >>> Factors(torch.ones(3, 1), torch.ones(1, 2)).padded(4).rank
+        4
+        """
+        if rank < self.rank:
+            raise RankError(f"rank {self.rank} cannot be padded to {rank}: choose no less.")
+        more = rank - self.rank
+        return Factors(
+            torch.nn.functional.pad(self.B, (0, more)),
+            torch.nn.functional.pad(self.A, (0, 0, 0, more)),
+        )
 
     def product(self) -> Float[Tensor, "m n"]:
         """Returns the m×n product in the factors' dtype."""

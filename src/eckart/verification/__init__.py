@@ -10,13 +10,16 @@ from pathlib import Path
 from eckart.certificate import Certificate, Kind, read_certificate
 from eckart.checkpoint.header import read_header
 from eckart.checkpoint.opening import open_checkpoint, open_source
-from eckart.checkpoint.paths import printable
+from eckart.checkpoint.paths import is_there, printable
 from eckart.checkpoint.source import Checkpoint, Source
 from eckart.checkpoint.statistics import Statistics, open_statistics
+from eckart.checkpoint.writer import CERTIFICATE
+from eckart.consumers import ConsumerName, consumer_of
 from eckart.errors import CheckpointError, PromiseError, UsageError
 from eckart.execute import Progress, Silent, Workers, workers_for
 from eckart.formats.adapters import open_adapter
-from eckart.formats.peft import WEIGHTS
+from eckart.formats.forms import form_of, promised_consumer
+from eckart.formats.pipelines import addressed, holds_adapter, open_lora
 from eckart.verification import adapter, merged
 from eckart.verification.adapter import checks_against_pair
 from eckart.verification.against import check_accounts, checks_against, digests_of
@@ -30,9 +33,10 @@ from eckart.verification.alone import (
 )
 from eckart.verification.applied import check_applied, checks_against_sum
 from eckart.verification.check import Check
+from eckart.verification.lint import Fit, check_fits, fits_of
 from eckart.verification.merged import checks_against_adapters
 
-__all__ = ["Check", "check_files", "verify_output"]
+__all__ = ["Check", "Fit", "check_files", "lint", "verify_output"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,7 @@ def verify_output(
     *,
     base: Path | None = None,
     statistics: Path | None = None,
+    consumers: Sequence[str] = (),
     workers: int | None = None,
     allow_pickle: bool = False,
     watch: Progress | None = None,
@@ -79,6 +84,10 @@ def verify_output(
     merged one against the adapters in their order. Raises PromiseError where the output cannot
     even be read, CheckpointError where what it is held against is not what it should be.
     """
+    asked: list[ConsumerName] = [consumer_of(name).name for name in consumers]
+    if asked and holds_adapter(out) and not is_there(out / CERTIFICATE):
+        fits = lint(out)
+        return [check_fits(fits, name) for name in asked]
     certificate = _read_written(out)
     checks = [
         Check("certificate", held=True, detail="its digest holds"),
@@ -103,7 +112,20 @@ def verify_output(
         checks.append(check)
         if not check.held:
             return checks
+    if asked or certificate.kind in ADAPTERS:
+        fits, promised = lint(out), promised_consumer(certificate).name
+        checks.append(check_fits(fits, promised))
+        checks += [check_fits(fits, name) for name in asked if name != promised]
     return [*checks, *held_against(request, written)] if against else checks
+
+
+def lint(path: Path) -> list[Fit]:
+    """Returns who loads an adapter as it stands, and what to set there; no certificate is needed.
+
+    Judged by the consumers' rules from headers and configuration; those that no test of ours runs
+    are marked. Raises CheckpointError where it is no adapter, or is not understood.
+    """
+    return fits_of(open_lora(path))
 
 
 def _check_request(request: _Request) -> None:
@@ -160,7 +182,13 @@ def _applied_against(request: _Request, written: Source) -> Iterator[Check]:
 
 
 def _merged_against(request: _Request, written: Source) -> Iterator[Check]:
-    adapters = [open_adapter(path) for path in request.against]
+    certificate = request.certificate
+    reader, listed = promised_consumer(certificate), [*certificate.factored]
+    component = certificate.options.get("component")
+    adapters = [
+        addressed(open_lora(path, listed), reader, None if component is None else str(component))
+        for path in request.against
+    ]
     with request.crew() as crew:
         yield from checks_against_adapters(written, adapters, request.certificate, crew)
 
@@ -180,7 +208,10 @@ KINDS: dict[Kind, tuple[Alone, Against]] = {
     "adapter": (adapter.checks_alone, _adapter_against),
     "applied": (check_applied, _applied_against),
     "merged": (merged.checks_alone, _merged_against),
+    "converted": (merged.checks_alone, _merged_against),
 }
+
+ADAPTERS: tuple[Kind, ...] = ("adapter", "merged", "converted")
 
 
 def _against(
@@ -207,6 +238,11 @@ def _against(
 
 def _read_written(out: Path) -> Certificate:
     """The certificate of a folder that is there: whatever is wrong with it breaks the promise."""
+    if holds_adapter(out) and not is_there(out / CERTIFICATE):
+        raise PromiseError(
+            f"{printable(out)} is an adapter without {CERTIFICATE}: nothing is certified of it, so "
+            "nothing can be proved. Add --for CONSUMER to ask only whether it loads there."
+        )
     if not out.is_dir():
         raise CheckpointError(f"{printable(out)} is not a folder: check the path.")
     try:
@@ -217,8 +253,9 @@ def _read_written(out: Path) -> Certificate:
 
 def _open_written(request: _Request) -> Source:
     try:
-        if request.certificate.kind in ("adapter", "merged"):
-            return Checkpoint(request.out, read_header(request.out / WEIGHTS))
+        if request.certificate.kind in ADAPTERS:
+            form = form_of(request.certificate, adapter.entries_of(request.certificate))
+            return Checkpoint(request.out, read_header(request.out / form.weights))
         return open_checkpoint(request.out)
     except CheckpointError as error:
         raise PromiseError(str(error)) from None

@@ -24,6 +24,7 @@ from eckart.errors import CheckpointError, EckartError
 from eckart.execute import Task, Workers
 from eckart.formats import peft
 from eckart.formats.factored import matrix_of
+from eckart.formats.forms import AdapterForm, form_of
 from eckart.linalg.arrays import check_finite
 from eckart.pairing import alike, compare
 from eckart.verification.against import check_matrix
@@ -75,7 +76,8 @@ def checks_against_pair(
         for record in certificate.matrices
         if (entry := certificate.factored.get(peft.module_of(record.name)))
     ]
-    unit = _Measurer(delta, written, certificate.seed)
+    form = form_of(certificate, entries_of(certificate))
+    unit = _Measurer(delta, written, certificate.seed, form)
     measured = dict(workers.map(unit, tasks, "measuring"))
     for record in certificate.matrices:
         if record.rank:
@@ -92,12 +94,13 @@ class _Measurer:
     delta: Delta
     written: Source
     seed: int
+    form: AdapterForm
 
     def __call__(self, name: str, entry: FactoredEntry) -> Measured:
         """Returns its errors. Peak memory: one matrix."""
         matrix = matrix_of(entry)
         pairs = (
-            (matrix.load(self.delta, name, i), peft.decode(self.written, name, entry, i))
+            (matrix.load(self.delta, name, i), self.form.decode(self.written, name, entry, i))
             for i in range(matrix.count)
         )
         with on_threads(matrix.shape, None):
@@ -144,21 +147,23 @@ def check_configuration(
     out: Path, certificate: Certificate, whole: Sequence[str], *, has_lora_bias: bool = False
 ) -> Check:
     """adapter_config.json says what the certificate says, of whatever base and task it names, and
-    whether its output head is tied."""
-    try:
-        stated = read_json(out / peft.CONFIG)
-    except CheckpointError as error:
-        return Check.of("config", [str(error)], "")
-    promised = peft.configuration(
-        entries_of(certificate),
-        base=stated.get("base_model_name_or_path"),
-        task=stated.get("task_type"),
-        whole=whole,
-        has_lora_bias=has_lora_bias,
-        is_tied=stated.get("ensure_weight_tying") is True,
-    )
-    same = canonical_json(stated) == canonical_json(promised)
-    faults = [] if same else [f"{peft.CONFIG} says something else than the certificate"]
+    whether its output head is tied. Other consumers' forms have no such file."""
+    entries, faults = entries_of(certificate), list[str]()
+    if (form := form_of(certificate, entries)).is_peft:
+        try:
+            stated = read_json(out / peft.CONFIG)
+        except CheckpointError as error:
+            return Check.of("config", [str(error)], "")
+        promised = form.configuration(
+            entries,
+            base=stated.get("base_model_name_or_path"),
+            task=stated.get("task_type"),
+            whole=whole,
+            has_lora_bias=has_lora_bias,
+            is_tied=stated.get("ensure_weight_tying") is True,
+        )
+        if canonical_json(stated) != canonical_json(promised):
+            faults.append(f"{peft.CONFIG} says something else than the certificate")
     return Check.of("config", faults, f"{len(certificate.factored)} modules named")
 
 
@@ -169,10 +174,11 @@ def entries_of(certificate: Certificate) -> dict[str, FactoredEntry]:
 
 def check_tensors(written: Source, certificate: Certificate, others: set[str]) -> Check:
     """Every product that the certificate accounts for is there, finite, and so are the others."""
-    faults, expected = list[str](), {*others}
-    for name, entry in entries_of(certificate).items():
-        first = written.tensors.get(peft.part_names(name, entry)[0])
-        places = peft.layout(name, entry, first.dtype if first else "F32")
+    faults, expected, entries = list[str](), {*others}, entries_of(certificate)
+    form = form_of(certificate, entries)
+    for name, entry in entries.items():
+        first = written.tensors.get(form.part_names(name, entry)[0])
+        places = form.layout(name, entry, first.dtype if first else "F32")
         expected |= places.keys()
         faults += _faults(written, places)
     here = sorted(others & written.tensors.keys())
@@ -263,12 +269,13 @@ def _check_change(changes: Changes, certificate: Certificate) -> Check:
 
 def _check_counts(written: Source, tuned: Source, certificate: Certificate) -> Check:
     entries, faults = entries_of(certificate), list[str]()
+    form = form_of(certificate, entries)
     for record in certificate.matrices:
         info = tuned.tensors[record.name]
         found = ((info.parameters, 0), (info.nbytes, 0))
         if entry := entries.get(record.name):
-            dtype = written.tensors[peft.part_names(record.name, entry)[0]].dtype
-            found = count(info, entry, dtype)
+            dtype = written.tensors[form.part_names(record.name, entry)[0]].dtype
+            found = count(info, form.stored(entry), dtype)
         if found != (record.parameters, record.bytes):
             faults.append(f"{record.name} has other counts")
     if adapter_totals(tuned.tensors, written.tensors, certificate.matrices) != certificate.totals:

@@ -15,6 +15,7 @@ from eckart.errors import CheckpointError, PromiseError
 from eckart.execute import Task, Workers
 from eckart.formats import peft
 from eckart.formats.adapters import Adapter
+from eckart.formats.forms import AdapterForm, form_of
 from eckart.linalg.factors import product_energy
 from eckart.linalg.residual import rounded_up
 from eckart.verification.adapter import (
@@ -34,13 +35,14 @@ class _Measurer:
     """Measures one product against the exact sum again."""
 
     written: Source
+    form: AdapterForm
 
     def __call__(self, one: Sum, entry: FactoredEntry) -> float:
         """Returns ‖sum − B'A'‖/‖sum‖, over all matrices of a stack."""
         missed = total = 0.0
         for index in range(one.count):
             exact = one.factors(index)
-            kept = peft.decode(self.written, one.name, entry, index)
+            kept = self.form.decode(self.written, one.name, entry, index)
             missed, total = missed + missed_energy(exact, kept), total + product_energy(exact)
         return rounded_up(missed, total)
 
@@ -88,7 +90,8 @@ def checks_against_adapters(
         for row in certificate.matrices
         if row.rank
     ]
-    measured = dict(workers.map(_Measurer(written), tasks, "measuring"))
+    form = form_of(certificate, entries_of(certificate))
+    measured = dict(workers.map(_Measurer(written, form), tasks, "measuring"))
     for row in certificate.matrices:
         if row.rank:
             yield _check_sum(row, measured[row.name], sums[row.name])
