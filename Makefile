@@ -40,7 +40,7 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(PIP) -e '.[hf,peft,dev]'
+	$(PIP) -e '.[hf,peft,diffusers,dev]'
 	@touch $@ $(VENV)/.demo
 
 clean:  ## remove the environment and what tools left

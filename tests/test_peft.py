@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eckart import apply, extract, verify
+from eckart import apply, convert, extract, verify
 from eckart.errors import CheckpointError, InputError, LossError
 
 pytest.importorskip("peft")
@@ -269,6 +269,27 @@ def test_a_model_in_8_bit_floats_is_dequantized(tmp_path):
     assert len(certificate.matrices) == 14
     assert all(row.relative_error < 0.32 for row in certificate.matrices)
     assert all(check.held for check in verify(tmp_path / "out", tuned, base=base))
+
+
+@pytest.mark.parametrize("consumer", ["vllm", "llama.cpp"])
+@pytest.mark.parametrize("case", ["llama", "llama head", "llama embedding"])
+def test_an_adapter_padded_for_others_is_the_tuned_model_in_peft_too(case, consumer, tmp_path):
+    """Ranks that differ become one, with zeros: the logits stay what the compact adapter gives."""
+    changed, _ = CASES[case]
+    tuned, base = write_pair("llama", tmp_path, changed, rank=6)
+    extract(tuned, base, tmp_path / "compact", error=0.3)
+    extract(tuned, base, tmp_path / "made", error=0.3, consumer=consumer)
+    convert(tmp_path / "compact", tmp_path / "padded", consumer=consumer)
+    compact, before = with_adapter(base, tmp_path / "compact"), logits(dense(base))
+    expected = logits(compact)
+    ranks = {len(p) for name, p in compact.named_parameters() if "lora_A" in name}
+
+    assert len(ranks) > 1
+    for out in (tmp_path / "made", tmp_path / "padded"):
+        model = with_adapter(base, out)
+        found = {len(p) for name, p in model.named_parameters() if "lora_A" in name}
+        assert found == {max(ranks)}
+        assert (logits(model) - expected).norm() < 1e-5 * (expected - before).norm()
 
 
 def test_true_ranks_and_patterns_are_read_by_peft(tmp_path):

@@ -33,6 +33,8 @@ WORDS: Mapping[Kind, str] = {
 }
 
 
+BY_RULE = "by rule, not run"
+
 ALPHA_BYTES = 4
 """kohya stores an alpha beside every module, in float32."""
 
@@ -57,7 +59,7 @@ class Consumer:
     @property
     def evidence(self) -> str:
         """Whether it was loaded there in a test."""
-        return f"tested with {self.tested}" if self.tested else "by rule, not run"
+        return f"tested with {self.tested}" if self.tested else BY_RULE
 
     def refusal(self, name: str, matrix: Matrix) -> str | None:
         """Returns why it cannot hold a product that is added to a tensor, or None.

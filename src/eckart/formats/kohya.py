@@ -108,7 +108,8 @@ def _module(key: str, listed: set[str], where: str) -> str:
             f"{', '.join(PREFIXES)}."
         )
     component, rest = PREFIXES[prefix], key.removeprefix(f"{prefix}_")
-    found = listed or {f"{component}.{'.'.join(words)}" for words in _cuts(rest, FIRST)}
+    cuts = _cuts(tuple(rest.split("_")), FIRST)
+    found = listed or {f"{component}.{'.'.join(words)}" for words in cuts}
     if len(found) != 1:
         why = "may be " + " or ".join(sorted(found)[:2]) if found else "is none that is known"
         raise CheckpointError(
@@ -122,13 +123,13 @@ def _module(key: str, listed: set[str], where: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _cuts(rest: str, words: frozenset[str] = WORDS) -> tuple[tuple[str, ...], ...]:
-    """Every way to cut a name at underscores into known words and numbers."""
-    if not rest:
+def _cuts(pieces: tuple[str, ...], words: frozenset[str] = WORDS) -> tuple[tuple[str, ...], ...]:
+    """Every way to join the pieces of a name to known words and numbers."""
+    if not pieces:
         return ((),)
-    pieces, cuts = rest.split("_"), list[tuple[str, ...]]()
+    cuts = list[tuple[str, ...]]()
     for count in range(1, min(LONGEST, len(pieces)) + 1):
         word = "_".join(pieces[:count])
         if word in words or (count == 1 and word.isascii() and word.isdigit()):
-            cuts += [(word, *others) for others in _cuts("_".join(pieces[count:]))]
+            cuts += [(word, *others) for others in _cuts(pieces[count:])]
     return tuple(cuts)

@@ -36,7 +36,7 @@ def open_lora(path: Path, listed: Collection[str] = ()) -> Adapter:
     if file is None:
         return open_adapter(path)
     source = Checkpoint(path, read_header(file))
-    if any(name.endswith((*KOHYA_PARTS, ".alpha")) for name in source.tensors):
+    if any(name.startswith(tuple(f"{p}_" for p in kohya.PREFIXES)) for name in source.tensors):
         return _kohya(source, [*listed, *_certified(path)])
     return _diffusers(source, _settings(file))
 

@@ -33,7 +33,7 @@ from eckart.verification.alone import (
 )
 from eckart.verification.applied import check_applied, checks_against_sum
 from eckart.verification.check import Check
-from eckart.verification.lint import Fit, check_fits, fits_of
+from eckart.verification.loaders import Fit, check_fits, fits_of
 from eckart.verification.merged import checks_against_adapters
 
 __all__ = ["Check", "Fit", "check_files", "lint", "verify_output"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from eckart.certificate import FactoredEntry
 from eckart.checkpoint.paths import printable
-from eckart.consumers import CONSUMERS, ConsumerName, naming_refusal
+from eckart.consumers import BY_RULE, CONSUMERS, ORIGINAL, ConsumerName, naming_refusal
 from eckart.formats.adapters import Adapter, Part
 from eckart.formats.factored import matrix_of
 from eckart.formats.pipelines import entry_of
@@ -61,8 +61,8 @@ def _fit(adapter: Adapter, name: ConsumerName) -> Fit:
         return Fit(name, loads=False, detail=why)
     if why := _misread(adapter, name):
         return Fit(name, loads=False, detail=f"{why}: {form}")
-    settings = _settings(adapter, name)
-    return Fit(name, loads=True, detail="; ".join([*settings, consumer.evidence]))
+    details = [*_settings(adapter, name), _evidence(adapter, name)]
+    return Fit(name, loads=True, detail="; ".join(details))
 
 
 def _unheld(adapter: Adapter, name: ConsumerName) -> str | None:
@@ -118,6 +118,12 @@ def _misread(adapter: Adapter, name: ConsumerName) -> str | None:
     """How a consumer would read ranks or scales as something else than they are."""
     if name == "vllm" and (largest := _largest(adapter)) > adapter.config["r"]:
         return f"a module has rank {largest}, above r = {adapter.config['r']}, the limit vLLM sets"
+    if name == "diffusers" and adapter.keys == "kohya":
+        alphas = {round(part.scale * part.rank, 6) for part in adapter.parts.values()}
+        many = len(alphas) > 1  # diffusers 0.42 finds no attention layer by the names of alphas
+        return (
+            "its alphas differ, and diffusers reads one for all attention layers" if many else None
+        )
     scale = SCALES.get(name)
     if scale is None:
         return None
@@ -127,6 +133,15 @@ def _misread(adapter: Adapter, name: ConsumerName) -> str | None:
             times = read / part.scale if part.scale else math.inf
             return f"it would scale {printable(tensor)} {times:.3g} times as strongly as PEFT does"
     return None
+
+
+def _evidence(adapter: Adapter, name: ConsumerName) -> str:
+    """Whether such an adapter was loaded there in a test."""
+    if name != "diffusers" or adapter.keys != "kohya":
+        return CONSUMERS[name].evidence
+    words = {tuple(tensor.split(".")[:2]) for tensor in adapter.parts}
+    known = all(one == "unet" and word not in ORIGINAL for one, word in words)
+    return f"renamed there; {CONSUMERS[name].evidence if known else BY_RULE}"
 
 
 def _settings(adapter: Adapter, name: ConsumerName) -> list[str]:
