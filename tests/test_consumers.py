@@ -17,7 +17,7 @@ from test_merging import SIDES, products, with_tensors, write_adapter
 from eckart import convert, extract, lint, merge, resize, verify
 from eckart.allocate import Item, Keep, RelativeError, Size, Terms, one_rank
 from eckart.certificate import Certificate
-from eckart.consumers import CONSUMERS
+from eckart.consumers import CONSUMERS, WORDS
 from eckart.errors import LossError, PromiseError, UsageError
 
 RANKS = {"layers.0.q": 6, "layers.0.up": 4, "layers.1.q": 1}
@@ -115,6 +115,7 @@ KINDS = {
     "embedding": "down_blocks.0.embed_tokens.weight",
     "convolution": "down_blocks.0.conv.weight",
     "experts": "down_blocks.0.mlp.experts.0.up_proj.weight",
+    "router": "down_blocks.0.mlp.gate.weight",
 }
 OTHERS = ["down_blocks.0.q.bias", "down_blocks.0.norm.weight"]
 
@@ -130,6 +131,7 @@ def every_kind(tmp_path):
         KINDS["embedding"]: decaying("e", 20, 8),
         KINDS["convolution"]: decaying("k", 6, 36).reshape(6, 4, 3, 3),
         KINDS["experts"]: decaying("x", 16, 8),
+        KINDS["router"]: decaying("r", 4, 8),
         "down_blocks.0.norm.weight": vector("n", 8),
     }
     tuned = dict(base)
@@ -153,14 +155,93 @@ def test_what_a_consumer_cannot_hold_is_lost_for_it_by_name(consumer, every_kind
     certificate = extract(tuned, base, out, rank=2, consumer=consumer, accept_loss=True)
     lost = {row.name: row.reason for row in certificate.lost}
     refused = {name for kind, name in KINDS.items() if kind not in one.holds}
-    refused.add(KINDS["experts"])  # of PEFT too: experts on disk are fused by loaders
+    refused.add(KINDS["experts"])  # of PEFT too: half an expert is nothing that loaders stack
 
+    assert {*KINDS} == {*WORDS}
     assert lost.keys() == refused | {*OTHERS}
     for name in refused - {KINDS["experts"]}:
         assert one.title in lost[name], lost[name]
     assert {row.name for row in certificate.matrices} == {*KINDS.values()} - refused
     assert max(row.relative_error for row in certificate.matrices) < 1e-5
     assert [check for check in verify(out, tuned, base=base) if not check.held] == []
+
+
+MIXTURE = {
+    "experts": ["layers.0.mlp.experts.gate_up_proj", "layers.0.mlp.experts.down_proj"],
+    "router": ["layers.0.mlp.gate.weight"],
+    "tied": ["embed_tokens.weight"],
+}
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """A mixture of experts, its head tied to its embedding, and one that differs in all of it."""
+    config = json.dumps({"architectures": ["Qwen2MoeForCausalLM"], "tie_word_embeddings": True})
+    shapes = {
+        "embed_tokens.weight": (20, 8),
+        "layers.0.self_attn.q_proj.weight": (8, 8),
+        "layers.0.mlp.gate.weight": (2, 8),
+        "layers.0.mlp.shared_expert.up_proj.weight": (12, 8),
+    }
+    for e in range(2):
+        X = f"layers.0.mlp.experts.{e}"
+        shapes |= {f"{X}.{side}_proj.weight": (12, 8) for side in ("gate", "up")}
+        shapes[f"{X}.down_proj.weight"] = (8, 12)
+    base = {name: decaying(name, *shape) for name, shape in shapes.items()}
+    tuned = {name: W + change(name, *W.shape, 2) for name, W in base.items()}
+    for folder, tensors in (("base", base), ("tuned", tuned)):
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / WEIGHTS, {"format": "pt"})
+        (tmp_path / folder / "config.json").write_text(config)
+    return tmp_path / "tuned", tmp_path / "base"
+
+
+@pytest.mark.parametrize("consumer", [name for name in CONSUMERS if name != "peft"])
+def test_experts_routers_and_tied_wholes_are_held_by_peft_alone(consumer, mixture, tmp_path):
+    """Extracted for PEFT all of it is there; the others lose it by name, and refuse to convert."""
+    tuned, base = mixture
+    of = ["--component", "transformer"] if consumer in PIPELINES else []
+    complete = extract(tuned, base, tmp_path / "peft", rank=4, store_whole=["embeddings"])
+    line = ("extract", tuned, "--base", base, "-o", tmp_path / "made", "--rank", 4, "--accept-loss")
+    made = eckart(*line, "--for", consumer, *of)
+    converted = eckart(
+        "convert", tmp_path / "peft", "-o", tmp_path / "converted", "--for", consumer, *of
+    )
+    lost = {row["name"]: row["reason"] for row in read_document(tmp_path / "made")["lost"]}
+    (fit,) = (fit for fit in lint(tmp_path / "peft") if fit.consumer == consumer)
+    none = f"and {CONSUMERS[consumer].title} holds none"
+
+    assert not complete.lost
+    assert [row.name for row in complete.stored_whole] == MIXTURE["tied"]
+    assert made.code == 0
+    assert {*lost} == {name for names in MIXTURE.values() for name in names}
+    assert all(f"routed experts, {none}" in lost[X] for X in MIXTURE["experts"])
+    assert all(f"a router of experts, {none}" in lost[X] for X in MIXTURE["router"])
+    assert "tied to the output head: " in lost["embed_tokens.weight"]
+    assert [check for check in verify(tmp_path / "made", tuned, base=base) if not check.held] == []
+    assert converted.code == 2
+    assert f"{none}. Choose another --for." in converted.message
+    assert not (tmp_path / "converted").exists()
+    assert not fit.loads
+    assert none in fit.detail
+
+
+def test_a_mixture_is_copied_as_it_is_for_peft(mixture, tmp_path):
+    """convert of stacks, a router and a tied whole: the same tensors, the same configuration."""
+    tuned, base = mixture
+    extract(tuned, base, tmp_path / "peft", rank=4, store_whole=["embeddings"])
+    certificate = convert(tmp_path / "peft", tmp_path / "copy", consumer="peft")
+    ours, theirs = (load_file(tmp_path / X / "adapter_model.safetensors") for X in ("peft", "copy"))
+    configs = [
+        json.loads((tmp_path / X / "adapter_config.json").read_text()) for X in ("peft", "copy")
+    ]
+
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert configs[0] == configs[1]
+    assert configs[0]["target_parameters"]
+    assert {row.relative_error for row in certificate.matrices} == {0.0}
+    assert all(check.held for check in verify(tmp_path / "copy", tmp_path / "peft"))
 
 
 def test_a_remedy_is_named_that_works(every_kind, tmp_path):

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from test_peft import dense, logits, small_model, with_adapter, write_pair
 
-from eckart import apply, extract, merge, resize, verify
-from eckart.errors import CheckpointError
+from eckart import apply, convert, extract, lint, merge, resize, verify
+from eckart.errors import CheckpointError, UsageError
 
 pytest.importorskip("peft")
 
@@ -146,4 +146,36 @@ def test_every_changed_number_of_a_mixture_is_accounted_for(kind, tmp_path):
     assert {f"model.layers.{i}.{X}" for i in (0, 1) for X in PARAMETERS} <= names
     assert change is not None
     assert change.relative_error < 1e-5
+    assert all(check.held for check in verify(tmp_path / "out", tuned, base=base))
+
+
+def test_an_adapter_of_a_mixture_is_converted_for_peft_and_refused_by_the_others(mixture, tmp_path):
+    """Stacked factors with their scale in B, the same logits; elsewhere there is no place."""
+    adapter = adapter_of_peft(mixture, tmp_path / "adapter", 1, target_parameters=PARAMETERS)
+    certificate = convert(adapter, tmp_path / "out", consumer="peft")
+    expected = logits(with_adapter(mixture, adapter))
+    fits = {fit.consumer: fit for fit in lint(adapter)}
+
+    assert (logits(with_adapter(mixture, tmp_path / "out")) - expected).norm() < 1e-5
+    assert 0 < max(row.relative_error for row in certificate.matrices) < 1e-7
+    assert all(check.held for check in verify(tmp_path / "out", adapter))
+    assert [name for name, fit in fits.items() if fit.loads] == ["peft"]
+    assert "routed experts, and vLLM holds none" in fits["vllm"].detail
+    for consumer in ("vllm", "llama.cpp"):
+        with pytest.raises(UsageError, match="routed experts"):
+            convert(adapter, tmp_path / consumer, consumer=consumer)
+
+
+def test_experts_and_routers_are_lost_for_who_cannot_hold_them(tmp_path):
+    """Extracted for vLLM: attention is there, and what is not stands in the certificate."""
+    tuned, base = write_pair("qwen3-moe", tmp_path, ("proj", "gate"))
+    options = {"rank": 4, "consumer": "vllm", "accept_loss": True}
+    certificate = extract(tuned, base, tmp_path / "out", **options)
+    lost = {row.name: row.reason for row in certificate.lost}
+
+    assert all("attn" in row.name for row in certificate.matrices)
+    assert {"routed experts, and vLLM holds none: another --for"} == {
+        why for name, why in lost.items() if "experts" in name
+    }
+    assert any("a router of experts, and vLLM holds none" in why for why in lost.values())
     assert all(check.held for check in verify(tmp_path / "out", tuned, base=base))

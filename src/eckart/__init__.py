@@ -36,12 +36,12 @@ _HOME = {
     "Certificate": "eckart.certificate",
     "Check": "eckart.verification",
     "compress": "eckart.api",
-    "convert": "eckart.adaptation",
+    "convert": "eckart.conversion",
     "densify": "eckart.api",
     "extract": "eckart.adaptation",
     "Fit": "eckart.verification",
     "inspect": "eckart.api",
-    "lint": "eckart.adaptation",
+    "lint": "eckart.conversion",
     "merge": "eckart.adaptation",
     "resize": "eckart.adaptation",
     "verify": "eckart.api",
@@ -50,9 +50,7 @@ _HOME = {
 
 if TYPE_CHECKING:
     from eckart.adaptation import apply as apply
-    from eckart.adaptation import convert as convert
     from eckart.adaptation import extract as extract
-    from eckart.adaptation import lint as lint
     from eckart.adaptation import merge as merge
     from eckart.adaptation import resize as resize
     from eckart.api import compress as compress
@@ -60,6 +58,8 @@ if TYPE_CHECKING:
     from eckart.api import inspect as inspect
     from eckart.api import verify as verify
     from eckart.certificate import Certificate as Certificate
+    from eckart.conversion import convert as convert
+    from eckart.conversion import lint as lint
     from eckart.errors import EckartError as EckartError
     from eckart.linalg.exact import TruncatedSVD as TruncatedSVD
     from eckart.linalg.exact import exact_svd as exact_svd

@@ -1,9 +1,8 @@
-"""The use cases of adapters, a few lines each: extract, apply, resize, merge, convert, lint."""
+"""The use cases of adapters, a few lines each: extract, apply, resize, merge."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from eckart import verification
 from eckart.accounting import check_whole, fates_of
 from eckart.allocate import AutoRank
 from eckart.application import check_base, vocabulary_of, write_applied
@@ -14,9 +13,8 @@ from eckart.certificate import (
     Certificate,
     Options,
 )
-from eckart.checkpoint.opening import open_source
 from eckart.checkpoint.tensor_file import SHARD_BYTES
-from eckart.checkpoint.writer import CERTIFICATE, check_output, check_space, new_output
+from eckart.checkpoint.writer import check_output, check_space, new_output
 from eckart.compression import (
     check_room,
     decompose_all,
@@ -35,10 +33,9 @@ from eckart.extraction import (
     write_adapter,
 )
 from eckart.formats.adapters import open_adapter
-from eckart.formats.pipelines import addressed, holds_adapter, open_lora
+from eckart.formats.pipelines import addressed, open_lora
 from eckart.linalg.rounding import SignalRank
 from eckart.merging import (
-    as_given,
     check_held_by,
     check_mergeable,
     choose_ranks,
@@ -55,7 +52,6 @@ from eckart.planning import (
     stored_dtype,
 )
 from eckart.selection import select
-from eckart.verification import Fit
 
 PathLike = str | Path
 
@@ -345,73 +341,3 @@ def merge(
         )
         job = Job(opened[0].source, run.staged, 0, options, threads=threads, workers=count)
         return write_merged(opened, sums, choices, job, crew, dtype=stored, consumer=reader)
-
-
-def convert(
-    adapter: PathLike,
-    out: PathLike,
-    *,
-    consumer: str,
-    component: str | None = None,
-    base: PathLike | None = None,
-    dtype: str | None = None,
-    workers: int | None = None,
-    threads: int | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> Certificate:
-    """Writes a LoRA adapter in the form that a consumer loads, and returns its certificate.
-
-    Reads PEFT's folders, and files of diffusers and kohya. Exact, without an SVD: factors are
-    copied, their scale multiplied into B (a power of two changes no digit; any other is rounded
-    once, and the certificate has the error of what was written) and, where the consumer takes one
-    rank for all modules, zeros added. `component` says which model of a diffusion pipeline it is
-    for, where names do not tell; `base` is a checkpoint whose tensors name the layers that kohya's
-    names stand for. Cost: reads and writes the adapter. Raises CheckpointError for an adapter that
-    is not understood, UsageError for what the consumer cannot hold.
-    """
-    reader, stored, target, folder = (
-        consumer_of(consumer),
-        stored_dtype(dtype),
-        Path(out),
-        Path(adapter),
-    )
-    check_output(target, inputs=[folder], force=force)
-    listed = [] if base is None else open_source(Path(base)).tensors
-    modules = [name.removesuffix(".weight") for name in listed]
-    opened = addressed(open_lora(folder, modules), reader, component)
-    sums = sums_of([opened], [1.0])
-    check_held_by(reader, [opened], sums)
-    count = workers_for([one.shape for one in sums.values()], workers, threads)
-    options: Options = {
-        "for": consumer,
-        "component": component,
-        "weights": ["1.0"],
-        "dtype": dtype,
-        "seed": 0,
-        "threads": threads,
-    }
-    with (
-        new_output(target, inputs=[folder], force=force) as run,
-        Workers(count, progress or Silent()) as crew,
-    ):
-        job = Job(opened.source, run.staged, 0, options, threads=threads, workers=count)
-        choices = as_given(sums)
-        return write_merged(
-            [opened], sums, choices, job, crew, dtype=stored, consumer=reader, exactly=True
-        )
-
-
-def lint(adapter: PathLike) -> list[Fit]:
-    """Returns who loads an adapter as it stands; see `eckart.verification.lint`."""
-    return verification.lint(Path(adapter))
-
-
-def is_adapter(path: PathLike) -> bool:
-    """Returns whether a path looks like an adapter, in any form that is read."""
-    return holds_adapter(Path(path))
-
-
-def is_uncertified(path: PathLike) -> bool:
-    """Returns whether it looks like an adapter of which nothing is certified."""
-    return is_adapter(path) and not (Path(path) / CERTIFICATE).exists()

@@ -134,7 +134,7 @@ def write_merged(
 
 def check_held_by(consumer: Consumer, adapters: Sequence[Adapter], sums: Mapping[str, Sum]) -> None:
     """Raises UsageError where the headers show that a consumer cannot hold the sum."""
-    entries = {name: one.entry(one.rank) for name, one in sums.items()}
+    entries = entries_of(sums, {name: one.rank for name, one in sums.items()})
     biases = [name for name, one in sums.items() if one.bias_bytes(None)]
     check_held(consumer, entries, [*adapters[0].whole, *(f"the bias of {X}" for X in biases)])
 

@@ -124,6 +124,7 @@ ODD = {
         "must agree",
     ),
     "no LoRA at all": (lambda path: save_file({}, path), "holds no LoRA at all"),
+    "a model": (lambda path: save_file({"q.weight": A}, path), "holds no LoRA at all"),
 }
 
 

@@ -244,11 +244,11 @@ def convert(
 ) -> None:
     """A LoRA adapter in the form that another loader takes: exact, without an SVD."""
     warm_up(workers)
-    from eckart import adaptation
+    from eckart import conversion
     from eckart.screen import merged_table
 
     with watching(quiet=quiet or json) as progress:
-        certificate = adaptation.convert(
+        certificate = conversion.convert(
             adapter,
             output,
             consumer=consumer.value,

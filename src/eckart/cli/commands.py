@@ -252,10 +252,10 @@ def verify(
 ) -> None:
     """Recompute what the certificate claims, from the files; exit 6 if it does not hold."""
     warm_up(workers if against else 1)
-    from eckart import adaptation, api
+    from eckart import api, conversion
 
-    foreign = adaptation.is_uncertified(output)
-    fits = adaptation.lint(output) if foreign else []
+    foreign = conversion.is_uncertified(output)
+    fits = conversion.lint(output) if foreign else []
     if foreign and not consumers:  # what can be said, before the error
         _show_checks([], fits, json=json, quiet=quiet)
     with watching(quiet=quiet or json) as progress:
@@ -270,8 +270,8 @@ def verify(
             progress=progress,
         )
     failed = [check for check in checks if not check.held]
-    if not failed and adaptation.is_adapter(output):
-        fits = adaptation.lint(output)
+    if not failed and conversion.is_adapter(output):
+        fits = conversion.lint(output)
     _show_checks(checks, fits, json=json, quiet=quiet)
     if failed:
         broken = "does not load there" if foreign else "does not hold its promise"

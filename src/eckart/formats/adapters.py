@@ -124,7 +124,7 @@ def open_adapter(folder: Path) -> Adapter:
         if not is_there(folder / name):
             raise CheckpointError(
                 f"there is no {name} in {printable(folder)}: give the folder of a LoRA adapter in "
-                "PEFT's format."
+                "PEFT's format, or make one with eckart convert --for peft."
             )
     config = read_json(folder / CONFIG)
     check_config(config, folder / CONFIG)

@@ -154,7 +154,8 @@ def configuration(
         entry.orientation == "in_out" and not is_embedding(name) for name, entry in entries.items()
     )
     biases = {name for name in whole if name.endswith(".bias") and not is_norm(name)}
-    saved = [name for name in whole if name not in biases]
+    head = {TIED_HEAD.removeprefix(PREFIX)} if is_tied and any(map(is_embedding, whole)) else set()
+    saved = [name for name in whole if name not in biases | head]
     modules = sorted({module_of(name.removesuffix(".bias")) for name in saved})
     extra: dict[str, object] = {}
     if parameters:

@@ -38,6 +38,8 @@ def open_lora(path: Path, listed: Collection[str] = ()) -> Adapter:
     source = Checkpoint(path, read_header(file))
     if any(name.startswith(tuple(f"{p}_" for p in kohya.PREFIXES)) for name in source.tensors):
         return _kohya(source, [*listed, *_certified(path)])
+    if not any(name.endswith((*DIFFUSERS_PARTS,)) for name in source.tensors):
+        raise CheckpointError(f"{printable(path)} holds no LoRA at all: give an adapter.")
     return _diffusers(source, _settings(file))
 
 
@@ -151,8 +153,6 @@ def _kohya(source: Source, listed: Collection[str]) -> Adapter:
 
 
 def _adapter(source: Source, parts: Mapping[str, Part], keys: Any) -> Adapter:
-    if not parts:
-        raise CheckpointError(f"{printable(source.path)} holds no LoRA at all: give another.")
     return Adapter(source, {}, dict(sorted(parts.items())), {}, {}, keys)
 
 
