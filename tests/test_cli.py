@@ -20,6 +20,7 @@ COMMANDS = [
     "demo",
     "inspect",
     "compress",
+    "calibrate",
     "extract",
     "resize",
     "merge",

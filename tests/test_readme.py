@@ -29,9 +29,10 @@ def test_the_python_of_the_readme_runs_and_prints_its_comments(capsys):
 
 @pytest.fixture
 def at_home(tmp_path, monkeypatch) -> Path:
-    """An empty folder with the embedded models in it, as MODEL and TUNED."""
+    """An empty folder with the embedded models in it, as MODEL and TUNED, and a TEXT."""
     for name, model in (("MODEL", "base"), ("TUNED", "tuned")):
         (tmp_path / name).symlink_to(embedded("models", model))
+    (tmp_path / "TEXT").symlink_to(embedded("texts", "base-calibration.txt"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

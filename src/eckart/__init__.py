@@ -35,6 +35,8 @@ _HOME = {
     "PivotedLinear": "eckart.nn",
     "Certificate": "eckart.certificate",
     "Check": "eckart.verification",
+    "calibrate": "eckart.statistics",
+    "calibrate_module": "eckart.statistics",
     "compress": "eckart.api",
     "convert": "eckart.conversion",
     "densify": "eckart.api",
@@ -43,8 +45,10 @@ _HOME = {
     "inspect": "eckart.api",
     "lint": "eckart.conversion",
     "merge": "eckart.adaptation",
+    "open_statistics": "eckart.checkpoint.statistics",
     "resize": "eckart.adaptation",
     "verify": "eckart.api",
+    "Statistics": "eckart.checkpoint.statistics",
     "EckartError": "eckart.errors",
 }
 
@@ -58,6 +62,8 @@ if TYPE_CHECKING:
     from eckart.api import inspect as inspect
     from eckart.api import verify as verify
     from eckart.certificate import Certificate as Certificate
+    from eckart.checkpoint.statistics import Statistics as Statistics
+    from eckart.checkpoint.statistics import open_statistics as open_statistics
     from eckart.conversion import convert as convert
     from eckart.conversion import lint as lint
     from eckart.errors import EckartError as EckartError
@@ -83,6 +89,8 @@ if TYPE_CHECKING:
     from eckart.linalg.truncated import truncated_svd as truncated_svd
     from eckart.nn import LowRankLinear as LowRankLinear
     from eckart.nn import PivotedLinear as PivotedLinear
+    from eckart.statistics import calibrate as calibrate
+    from eckart.statistics import calibrate_module as calibrate_module
     from eckart.verification import Check as Check
     from eckart.verification import Fit as Fit
 

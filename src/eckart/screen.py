@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eckart.api import Plan
+from eckart.calibration import Plan as CalibrationPlan
 from eckart.certificate import (
     Certificate,
     Inspection,
@@ -17,6 +18,7 @@ from eckart.certificate import (
     ShareRow,
 )
 from eckart.checkpoint.paths import printable
+from eckart.checkpoint.statistics import Statistics
 from eckart.consumers import CONSUMERS
 from eckart.verification import Check, Fit
 
@@ -29,7 +31,7 @@ MIDDLE = 100
 SHOWN = 12
 """Tensors stored whole, or lost, that are named one by one."""
 
-LEFT = ("shape", "dtype", "form", "verdict", "why")
+LEFT = ("shape", "dtype", "form", "verdict", "why", "shares C with", "G")
 
 
 def inspection_table(report: InspectionReport, width: int) -> Group:
@@ -167,6 +169,40 @@ def merged_table(certificate: Certificate) -> Group:
         Text(_pair("parameters", totals.targeted_parameters, "in all modules")),
         Text(_pair("tensors on disk", totals.tensor_bytes, "bytes")),
     )
+
+
+def statistics_table(found: Statistics) -> Group:
+    """Returns what there is of each matrix, and what it was taken from."""
+    document, names = found.document, found.names
+    table = _table(names, ("shape", "inputs", "shares C with", "G"))
+    for name, short in zip(names, _short(names), strict=True):
+        entry = document.matrices[name]
+        rows = {document.groups[group].rows for group in entry.groups}
+        shared = "" if entry.groups[0] in (name, f"{name}[0]") else entry.groups[0]
+        inputs = str(min(rows)) if len(rows) == 1 else f"{min(rows)}–{max(rows)}"
+        shape = _shape(entry.shape) + (f" ×{entry.count}" if entry.count > 1 else "")
+        cells = shape, inputs, printable(shared).removesuffix(".weight"), entry.curvature
+        table.add_row(short, *cells)
+    loss = "" if document.loss is None else f", the model's own loss {document.loss:.4f} nats each"
+    lines = [f"{document.tokens:,} tokens{loss}", f"{sum(document.files.values()):,} bytes"]
+    left = [f"left out: {printable(row.name)}: {row.reason}" for row in document.left_out]
+    return Group(table, *map(Text, [*left[:SHOWN], *lines]))
+
+
+def passes_table(plan: CalibrationPlan) -> Group:
+    """Returns what `calibrate --dry-run` shows."""
+    said = plan.summary()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("pass", "C", "G", "bytes of sums"):
+        table.add_column(column, justify="right")
+    for number, one in enumerate(said["passes"], 1):
+        table.add_row(str(number), str(one["C"]), str(one["G"]), f"{one['bytes']:,}")
+    left = [f"left out: {printable(k)}: {why}" for k, why in said["left_out"].items()]
+    lines = [
+        f"{len(said['matrices'])} matrices, {said['tokens']:,} tokens a pass",
+        f"{said['output_bytes']:,} bytes to write",
+    ]
+    return Group(table, *map(Text, [*left[:SHOWN], *lines]))
 
 
 def check_table(checks: list[Check]) -> Table:

@@ -119,6 +119,16 @@ def printable(name: object) -> str:
     )
 
 
+def natural_order(name: str) -> list[tuple[int, int | str]]:
+    """Returns a key that sorts dotted names as people do: block 2 before block 10.
+
+    >>> sorted(["h.10.x", "h.2.x", "h"], key=natural_order)
+    ['h', 'h.2.x', 'h.10.x']
+    """
+    parts = name.split(".") if name else []
+    return [(0, int(p)) if p.isascii() and p.isdigit() else (1, p) for p in parts]
+
+
 @contextmanager
 def damage(path: Path) -> Generator[None]:
     """Turns what other parsers raise over a file into one sentence that names it.

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from eckart.checkpoint.documents import canonical_json, parse_json
 from eckart.checkpoint.header import TensorInfo, read_header
-from eckart.checkpoint.paths import is_there, printable, read_bytes, write_file
+from eckart.checkpoint.paths import is_there, natural_order, printable, read_bytes, write_file
 from eckart.checkpoint.source import Checkpoint, bytes_of
-from eckart.checkpoint.tensor_file import TensorLayout, lay_out_file
+from eckart.checkpoint.tensor_file import Place, TensorFiles, TensorLayout, lay_out_file
 from eckart.checkpoint.writer import STATISTICS
 from eckart.errors import CheckpointError
 
@@ -205,34 +205,30 @@ def open_statistics(folder: Path | str) -> Statistics:
     return Statistics(folder, document, places)
 
 
-def write_tensors(
-    path: Path, layout: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]]
-) -> dict[str, str]:
-    """Writes one file of float32 tensors, each as it comes, syncs, and returns their SHA-256."""
-    file = lay_out_file(
-        path, {name: TensorLayout.of("F32", shape) for name, shape in layout.items()}
-    )
-    sums: dict[str, str] = {}
-    for name, tensor in tensors:
-        assert tuple(tensor.shape) == layout[name], f"{name}: {tuple(tensor.shape)}"
-        sums[name] = sha256_of(tensor)
-        file.write(name, tensor)
-    assert sums.keys() == layout.keys(), f"missing: {layout.keys() - sums.keys()}"
-    file.sync()
-    return sums
+def lay_out_statistics(folder: Path, document: Document) -> TensorFiles:
+    """Creates the files of statistics, one for each block of the model, with nothing in them yet.
+
+    They are filled in any order by `TensorFiles.write`.
+    """
+    layout, places = document.layout(), dict[str, Place]()
+    blocks = blocks_of(layout)
+    for number, names in enumerate(blocks.values(), 1):
+        path = folder / f"statistics-{number:05d}-of-{len(blocks):05d}.safetensors"
+        shapes = {name: TensorLayout.of("F32", layout[name]) for name in names}
+        places |= lay_out_file(path, shapes).places
+    return TensorFiles(folder, places)
 
 
 def write_statistics(folder: Path, document: Document, tensors: Mapping[str, Tensor]) -> Statistics:
     """Writes statistics whose tensors are in memory into a folder that is there, and opens them.
 
-    `tensors` are those of `document.layout()`, float32; one file for each block of the model.
+    `tensors` are those of `document.layout()`, float32.
     """
-    layout, sums = document.layout(), dict[str, str]()
-    blocks = blocks_of(layout)
-    for number, names in enumerate(blocks.values(), 1):
-        path = folder / file_name(number, len(blocks))
-        shapes = {name: layout[name] for name in names}
-        sums |= write_tensors(path, shapes, ((name, tensors[name]) for name in names))
+    files = lay_out_statistics(folder, document)
+    for name in files.places:
+        files.write(name, tensors[name])
+    files.sync()
+    sums = {name: sha256_of(tensors[name]) for name in files.places}
     return write_document(folder, document, sums)
 
 
@@ -242,15 +238,6 @@ def write_document(folder: Path, document: Document, sums: Mapping[str, str]) ->
     whole = msgspec.structs.replace(document, files=files, sums=dict(sums))
     write_file(folder / STATISTICS, whole.encode())
     return open_statistics(folder)
-
-
-def file_name(number: int, count: int) -> str:
-    """Returns the name of one of `count` files.
-
-    >>> file_name(1, 12)
-    'statistics-00001-of-00012.safetensors'
-    """
-    return f"statistics-{number:05d}-of-{count:05d}.safetensors"
 
 
 def blocks_of(names: Iterable[str]) -> dict[str, list[str]]:
@@ -263,13 +250,15 @@ def blocks_of(names: Iterable[str]) -> dict[str, list[str]]:
     blocks: dict[str, list[str]] = {}
     for name in sorted(names):
         blocks.setdefault(block_of(name), []).append(name)
-    return {block: blocks[block] for block in sorted(blocks, key=_natural)}
+    return {block: blocks[block] for block in sorted(blocks, key=natural_order)}
 
 
 def block_of(name: str) -> str:
     """Returns the block of a model that a name belongs to: the beginning, to its first number."""
     parts = name.split(".")
-    first = next((place for place, part in enumerate(parts) if _is_number(part)), None)
+    first = next(
+        (place for place, part in enumerate(parts) if part.isascii() and part.isdigit()), None
+    )
     return "" if first is None else ".".join(parts[: first + 1])
 
 
@@ -281,15 +270,6 @@ def sha256_of(tensor: Tensor) -> str:
 def _sides(entry: Moments) -> tuple[int, ...]:
     m, _ = entry.shape
     return (m, m) if entry.curvature == "full" else (m,)
-
-
-def _is_number(part: str) -> bool:
-    return part.isascii() and part.isdigit()
-
-
-def _natural(block: str) -> list[tuple[int, int | str]]:
-    """The order of people: 2 before 10."""
-    return [(0, int(p)) if _is_number(p) else (1, p) for p in block.split(".")] if block else []
 
 
 def _read_headers(folder: Path, document: Document) -> dict[str, TensorInfo]:

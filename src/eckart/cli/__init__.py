@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from eckart.cli import adapter_commands as adapter_commands
+from eckart.cli import statistics_commands as statistics_commands
 from eckart.cli.commands import app
 from eckart.cli.output import log, say
 from eckart.errors import EckartError

@@ -5,14 +5,14 @@ A killed run is continued from here, and another budget is served from here with
 
 import hashlib
 import json
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eckart.checkpoint.documents import canonical_json, parse_json, read_json
-from eckart.checkpoint.paths import printable, read_bytes, storage_errors, sync, write_file
+from eckart.checkpoint.documents import canonical_json, read_json
+from eckart.checkpoint.journal import append_line, read_lines
+from eckart.checkpoint.paths import printable, storage_errors, sync, write_file
 from eckart.checkpoint.source import Source
 from eckart.checkpoint.statistics import Statistics
 from eckart.decompose.part import Decomposition, read_part
@@ -23,7 +23,6 @@ from eckart.errors import CheckpointError, StaleError
 
 SCHEMA = "eckart-work/1"
 WORK, PARTS, JOURNAL = "work.json", "parts", "journal-1-of-1"
-JOURNAL_BYTES = 2**30
 
 Identity = Mapping[str, Any]
 
@@ -68,9 +67,7 @@ class Work:
         else:
             self.done[result.name] = result
             entry = {"name": result.name, "part": result.part.name}
-        path = self.folder / JOURNAL
-        with storage_errors(path), path.open("ab") as stream:
-            stream.write(_line(entry))
+        append_line(self.folder / JOURNAL, entry)
 
 
 def open_work(folder: Path, source: Source, identity: Identity, names: Iterable[str]) -> Work:
@@ -163,7 +160,8 @@ def _shown(value: object) -> str:
 
 def _recover(work: Work, names: Iterable[str]) -> None:
     """Takes over every part that is whole, and the failures that the journal tells of."""
-    listed = {entry["name"]: entry for entry in _read_journal(work.folder / JOURNAL)}
+    lines = read_lines(work.folder / JOURNAL)
+    listed = {entry["name"]: entry for entry in lines if isinstance(entry.get("name"), str)}
     for name, path in work.parts(names).items():
         if "failed" in listed.get(name, {}):
             work.failed[name] = Failure(name, str(listed[name]["failed"]))
@@ -184,26 +182,6 @@ def _check_source(work: Work) -> None:
                 f"{printable(name)} has changed in {printable(work.source.path)} since "
                 f"{printable(work.folder)} was begun: delete that folder, or name another --work."
             )
-
-
-def _read_journal(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole; a torn or damaged one is left out."""
-    if not path.exists():
-        return []
-    entries: list[dict[str, Any]] = []
-    for line in read_bytes(path, JOURNAL_BYTES).split(b"\n"):
-        checksum, _, text = line.partition(b" ")
-        if checksum == f"{zlib.crc32(text):08x}".encode():
-            entry = parse_json(text, path.name)
-            if isinstance(entry.get("name"), str):
-                entries.append(entry)
-    return entries
-
-
-def _line(entry: Mapping[str, object]) -> bytes:
-    """A line begins with its newline: after a torn one the next still stands by itself."""
-    text = canonical_json(entry)
-    return f"\n{zlib.crc32(text):08x} ".encode() + text
 
 
 def _kept(found: Decomposition) -> Request:
