@@ -1,0 +1,152 @@
+"""Times `calibrate`, beside one forward and backward pass and beside the SVDs, on a Llama's shapes.
+
+Protocol. A model of Llama's architecture with random weights (default: 12 layers, hidden 768,
+intermediate 2560: 99 M parameters in its linear layers), float32, and random tokens in sequences of
+256. Measured in one process, on as many threads as there are cores, alternating:
+
+- forward and backward: logits, cross-entropy and the gradient of every parameter, as a step of
+  training takes them, in batches of the size that calibrate takes;
+- SVDs alone: values and short-side vectors of every matrix in memory, as compress computes them;
+- calibrate with each kind of curvature: as the Python function is called, from a loaded package to
+  the published folder, loading and hashing the model included.
+
+Ratios are of calibrate + SVDs to forward and backward + SVDs, the median of the rounds. Results are
+appended to `bench/RESULTS.md`.
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from bench_svd import LEDGER, heading
+from safetensors.torch import save_file
+
+from eckart.checkpoint.opening import open_source
+from eckart.execute import cores, keep_freed_memory
+from eckart.families import matrices
+from eckart.linalg.gram import short_side_svd
+from eckart.statistics import calibrate
+
+LENGTH, VOCABULARY, HEAD = 256, 4096, 64
+KINDS = ("full", "diagonal", "none")
+
+
+def write_model(folder: Path, hidden: int, wide: int, layers: int) -> int:
+    """Writes the model, and returns the parameters of its linear layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // HEAD,
+        num_key_value_heads=hidden // HEAD,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    return layers * (4 * hidden**2 + 3 * hidden * wide)
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Returns the seconds of a call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def passes(folder: Path, ids: torch.Tensor, sequences: int) -> Callable[[], None]:
+    """Returns one forward and backward pass over the tokens, ready to be run."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    model.config.use_cache = False
+
+    def run() -> None:
+        for batch in ids.split(sequences):
+            logits = model(input_ids=batch).logits[:, :-1]
+            labels = batch[:, 1:].flatten()
+            F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum").backward()
+
+    return run
+
+
+def svds(folder: Path) -> float:
+    """Returns the seconds of every matrix's SVD, reading not counted."""
+    source, total = open_source(folder), 0.0
+    found, _ = matrices(source)
+    for name in found:
+        W = source.load(name)
+        total += timed(lambda W=W, name=name: short_side_svd(W, name))
+    return total
+
+
+def main() -> None:
+    """Runs the rounds and appends the figures to the ledger."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--wide", type=int, default=2560)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where there is room; default: temporary")
+    parser.add_argument("--no-ledger", action="store_true", help="print only")
+    options = parser.parse_args()
+    torch.set_num_threads(cores())
+    keep_freed_memory()
+    times: dict[str, list[float]] = {kind: [] for kind in ("passes", "svds", *KINDS)}
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        model, out, tokens = Path(name) / "model", Path(name) / "S", Path(name) / "ids.safetensors"
+        parameters = write_model(model, options.hidden, options.wide, options.layers)
+        ids = torch.randint(0, VOCABULARY, (options.tokens // LENGTH, LENGTH))
+        save_file({"ids": ids}, tokens)
+        for _ in range(options.rounds):
+            for kind in KINDS:
+                shutil.rmtree(out, ignore_errors=True)
+                start = time.perf_counter()
+                found = calibrate(model, out, tokens=tokens, curvature=kind)
+                times[kind].append(time.perf_counter() - start)
+                print(kind, f"{times[kind][-1]:.1f} s", flush=True)
+            together = int(str(found.document.options["sequences"]))
+            times["passes"].append(timed(passes(model, ids, together)))
+            times["svds"].append(svds(model))
+            print(f"passes {times['passes'][-1]:.1f} s, SVDs {times['svds'][-1]:.1f} s", flush=True)
+    middle = {kind: statistics.median(found) for kind, found in times.items()}
+    ratios = {
+        kind: statistics.median(
+            (c + d) / (p + d)
+            for c, p, d in zip(times[kind], times["passes"], times["svds"], strict=True)
+        )
+        for kind in KINDS
+    }
+    lines = [
+        heading(),
+        f"`calibrate`, {parameters / 1e6:.0f} M parameters in {7 * options.layers} matrices "
+        f"(hidden {options.hidden}, intermediate {options.wide}), {options.tokens} tokens; forward "
+        f"and backward alone {middle['passes']:.1f} s, SVDs alone {middle['svds']:.1f} s.\n",
+        "| curvature | calibrate, s | to forward and backward | **with the SVDs, to both alone** |",
+        "|---|---|---|---|",
+        *(
+            f"| {kind} | {middle[kind]:.1f} | {middle[kind] / middle['passes']:.2f} "
+            f"| **{ratios[kind]:.2f}** |"
+            for kind in KINDS
+        ),
+    ]
+    print("\n".join(lines))
+    if not options.no_ledger:
+        with LEDGER.open("a", encoding="utf-8") as ledger:
+            ledger.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
