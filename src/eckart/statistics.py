@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from eckart.calibration import (
@@ -127,7 +128,11 @@ def calibrate_module(
         curvature=curvature,
         device=str(next(module.parameters()).device),
         memory=memory,
-        options={"include": [*include], "exclude": [*exclude]},
+        options={
+            "include": [*include],
+            "exclude": [*exclude],
+            "threads": torch.get_num_threads(),
+        },
         first=batches[0],
         tokens=sum(map(examples, batches)),
     )
@@ -177,7 +182,7 @@ def _planned(
     loaded = _loaded(model, device, allow_pickle)
     source.check_unchanged()
     places, reasons = places_of(loaded, source, chosen)
-    runner = Pretrained(loaded, seed)
+    runner = Pretrained(loaded, seed, draws=curvature != "none")
     runner.check(ready.inputs)
     together = _sequences(chosen, places, loaded, ready)
     request = Request(
@@ -197,6 +202,7 @@ def _planned(
             "seed": seed,
             "device": device,
             "sequences": together,
+            "threads": torch.get_num_threads(),
         },
         first=_moved(next(ready.batches(1)), device),
         tokens=runner.tokens(ready.inputs),

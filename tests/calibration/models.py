@@ -89,6 +89,21 @@ def gpt_oss() -> tuple[Any, dict[str, Tensor]]:
     return tf.GptOssForCausalLM(config), {"input_ids": ids(9, 12)}
 
 
+def llama4() -> tuple[Any, dict[str, Tensor]]:
+    config = tf.Llama4TextConfig(
+        **SIZES,
+        intermediate_size_mlp=WIDE,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=3,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=1,
+        attention_chunk_size=32,
+        pad_token_id=0,
+    )
+    return tf.Llama4ForCausalLM(config), {"input_ids": ids(9, 12)}
+
+
 MODELS: dict[str, Callable[[], tuple[Any, dict[str, Tensor]]]] = {
     "llama": llama,
     "gpt2": gpt2,
@@ -98,6 +113,7 @@ MODELS: dict[str, Callable[[], tuple[Any, dict[str, Tensor]]]] = {
     "qwen3_moe": qwen3_moe,
     "mixtral": mixtral,
     "gpt_oss": gpt_oss,
+    "llama4": llama4,
 }
 
 

@@ -76,6 +76,7 @@ def padded(batch: dict[str, Tensor], side: str, count: int = 3) -> dict[str, Ten
         ("mixtral", "right"),
         ("mixtral", "left"),
         ("gpt_oss", "right"),
+        ("llama4", "right"),
     ],
 )
 def test_padding_counts_for_nothing(name, side, tmp_path):

@@ -93,6 +93,11 @@ class Rows:
             return self.mask.reshape(-1), True
         return None, count == len(self.mask)  # one row for each sequence: pooled
 
+    def within(self, rows: Tensor) -> Tensor:
+        """Returns which of the rows that are meant are no padding, where there is one per token."""
+        whole = self.mask is not None and self.mask.numel() == len(rows)
+        return rows & self.mask.reshape(-1) if self.mask is not None and whole else rows
+
     def origin(self, x: Tensor) -> Tensor:
         """Returns what a tensor was gathered from, or itself."""
         found = self._find(x)
@@ -167,7 +172,7 @@ class Observer(TorchFunctionMode):
     def _stack(self, y: Tensor, x: Tensor, name: str) -> Tensor:
         for e in range(len(x)):  # rows that a router has set to zero were not routed here
             rows = x[e].detach()
-            routed = rows.any(-1)
+            routed = self._rows.within(rows.any(-1))
             product = Product(
                 key=(name, e),
                 width=x.shape[-1],

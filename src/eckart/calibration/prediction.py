@@ -59,6 +59,7 @@ class Pretrained:
 
     module: Any
     seed: int
+    draws: bool = True  # labels, where there are none; or else there is no loss
 
     def mask(self, batch: Batch) -> Tensor | None:
         """The attention mask of the sequences that predict: of decoders, by the labels."""
@@ -92,6 +93,8 @@ class Pretrained:
             return None
         if causal:
             return _next_token(logits, batch["input_ids"] if labels is None else labels, mask)
+        if labels is None and not self.draws:
+            return None
         if labels is None:
             self._check_classes(logits)
             return _at_labels(logits, _drawn(logits, self.seed, first), mask)

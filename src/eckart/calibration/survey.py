@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from eckart.calibration.observation import Key, Observer, Product, Rows
@@ -131,7 +132,7 @@ def look_at(
     """Returns what a model does on a batch. Cost: a forward pass, and with a loss a backward."""
     found, rows = Survey(), Rows(model.mask(batch))
     try:
-        with Observer(parameters, found, rows):
+        with torch.set_grad_enabled(backward), Observer(parameters, found, rows):
             losses = model.losses(batch, 0, rows)
     except InputError:
         raise
