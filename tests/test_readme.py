@@ -17,7 +17,7 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 
 def test_the_python_of_the_readme_runs_and_prints_its_comments(capsys):
     """The ten lines print the rank and the counts that stand beside them."""
-    (code,) = (text for language, text in BLOCKS if language == "python")
+    code, _ = (text for language, text in BLOCKS if language == "python")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         exec(compile(code, "README.md", "exec"), {})
@@ -45,6 +45,18 @@ def test_the_commands_of_the_readme_run(at_home):
 
     assert {line[1] for line in lines} == {*COMMANDS} - {"demo"}
     assert codes == [0] * len(lines)
+
+
+def test_the_loading_of_the_readme_runs(at_home):
+    """On what the first commands write: factored by transformers, then multiplied out."""
+    pytest.importorskip("transformers")
+    _, code = (text for language, text in BLOCKS if language == "python")
+    names: dict[str, object] = {}
+    assert eckart("compress", "MODEL", "-o", "SMALL", "--keep", "0.6").code == 0
+    exec(compile(code, "README.md", "exec"), names)
+
+    assert len(names["targets"]) == 2 * 2 * len(names["plain"].model.layers)
+    assert type(names["plain"].model.layers[0].self_attn.q_proj).__name__ == "Linear"
 
 
 def test_the_tree_of_the_readme_has_a_line_for_every_file():

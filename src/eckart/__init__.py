@@ -31,8 +31,12 @@ _HOME = {
     "output_difference": "eckart.linalg.residual",
     "relative_error": "eckart.linalg.residual",
     "residual_norm": "eckart.linalg.residual",
+    "load": "eckart.loading",
+    "LowRankConv2d": "eckart.nn",
     "LowRankLinear": "eckart.nn",
+    "PivotedConv2d": "eckart.nn",
     "PivotedLinear": "eckart.nn",
+    "peft_targets": "eckart.surgery",
     "Certificate": "eckart.certificate",
     "Check": "eckart.verification",
     "calibrate": "eckart.statistics",
@@ -87,10 +91,14 @@ if TYPE_CHECKING:
     from eckart.linalg.spectrum import Spectrum as Spectrum
     from eckart.linalg.spectrum import break_even_rank as break_even_rank
     from eckart.linalg.truncated import truncated_svd as truncated_svd
+    from eckart.loading import load as load
+    from eckart.nn import LowRankConv2d as LowRankConv2d
     from eckart.nn import LowRankLinear as LowRankLinear
+    from eckart.nn import PivotedConv2d as PivotedConv2d
     from eckart.nn import PivotedLinear as PivotedLinear
     from eckart.statistics import calibrate as calibrate
     from eckart.statistics import calibrate_module as calibrate_module
+    from eckart.surgery import peft_targets as peft_targets
     from eckart.verification import Check as Check
     from eckart.verification import Fit as Fit
 

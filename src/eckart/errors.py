@@ -2,7 +2,8 @@
 
 EckartError                 1  our own bug, unless a subclass says otherwise
 ├── UsageError              2  options: out of range, contradictory, output exists
-│   └── RankError           2  a rank below 1 or above min(m, n)
+│   ├── RankError           2  a rank below 1 or above min(m, n)
+│   └── DependencyError     2  a package of an extra that is not installed
 ├── InputError              3  what was given is missing, empty, damaged or unsupported
 │   ├── CheckpointError     3  a file or folder is not the checkpoint it should be
 │   ├── ShapeError          3  not a non-empty matrix
@@ -32,6 +33,10 @@ class UsageError(EckartError, ValueError):
 
 class RankError(UsageError):
     """A rank below 1, or above min(m, n)."""
+
+
+class DependencyError(UsageError, ImportError):
+    """A package that only some commands need is not installed."""
 
 
 class InputError(EckartError, ValueError):

@@ -1,6 +1,8 @@
-"""Factored layers that run, train and save in torch.
+"""Linear layers in factored form, both ways of storing the factors.
 
-Knows modules; must not know files. The names in a state dict are those of format 1.
+Knows modules; must not know files. The names in a state dict are those of format 1, the guard
+among them: `weight`, of shape [0], is there for those who only ask for its dtype or its device,
+and stops whoever would compute with it.
 """
 
 import warnings
@@ -16,12 +18,15 @@ from eckart.linalg.factors import Factors, PivotedFactors, factorize, pivot
 class LowRankLinear(nn.Module):
     """y = B(Ax) + b: a linear layer of rank r, two thin layers in a row.
 
-    State dict: `A.weight` (r×n), `B.weight` (m×r), `B.bias` (m). Both factors train.
+    State dict: `A.weight` (r×n), `B.weight` (m×r), `B.bias` (m), and the guard `weight` ([0]).
+    Both factors train.
 
     >>> layer = LowRankLinear.from_linear(nn.Linear(64, 32), rank=4)
     >>> layer(torch.ones(2, 64)).shape, sorted(layer.state_dict())
-    (torch.Size([2, 32]), ['A.weight', 'B.bias', 'B.weight'])
+    (torch.Size([2, 32]), ['A.weight', 'B.bias', 'B.weight', 'weight'])
     """
+
+    weight: Tensor
 
     def __init__(
         self,
@@ -34,9 +39,10 @@ class LowRankLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_rank(rank, out_features, in_features)
+        check_rank(rank, out_features, in_features)
         self.A = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.B = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
 
     @classmethod
     def from_linear(
@@ -58,7 +64,7 @@ class LowRankLinear(nn.Module):
         (m, n), B = factors.shape, factors.B
         # Made without values, so that nothing is drawn from the global generator.
         new = cls(n, m, factors.rank, bias=bias is not None, device="meta", dtype=B.dtype)
-        state = {"A.weight": _copy(factors.A, B), "B.weight": _copy(B, B)}
+        state = {"A.weight": _copy(factors.A, B), "B.weight": _copy(B, B), "weight": B.new_empty(0)}
         if bias is not None:
             state["B.bias"] = _copy(bias, B)
         new.load_state_dict(state, assign=True)
@@ -68,6 +74,11 @@ class LowRankLinear(nn.Module):
     def rank(self) -> int:
         """r, the width between A and B."""
         return self.A.out_features
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """b, which B holds: some models look for it here."""
+        return self.B.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns B(Ax) + b for x of shape (…, n)."""
@@ -85,14 +96,15 @@ class LowRankLinear(nn.Module):
 class PivotedLinear(nn.Module):
     """y[perm] = [h; Kh] + b[perm] with h = Ax: rank r in r(m + n − r) numbers.
 
-    State dict: `A.weight` (r×n), `K.weight` ((m−r)×r), `perm` (int64, m), `bias` (m). A and K
-    train; the permutation is fixed.
+    State dict: `A.weight` (r×n), `K.weight` ((m−r)×r), `perm` (int64, m), `bias` (m), and the
+    guard `weight` ([0]). A and K train; the permutation is fixed.
 
     >>> layer = PivotedLinear.from_linear(nn.Linear(64, 32, bias=False), rank=4)
     >>> layer(torch.ones(2, 64)).shape, sorted(layer.state_dict())
-    (torch.Size([2, 32]), ['A.weight', 'K.weight', 'perm'])
+    (torch.Size([2, 32]), ['A.weight', 'K.weight', 'perm', 'weight'])
     """
 
+    weight: Tensor
     perm: Tensor
     bias: nn.Parameter | None
 
@@ -107,12 +119,13 @@ class PivotedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_rank(rank, out_features, in_features)
+        check_rank(rank, out_features, in_features)
         self.A = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         with warnings.catch_warnings():  # at full rank K has no rows; torch warns of that
             warnings.simplefilter("ignore", UserWarning)
             self.K = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
-        self.register_buffer("perm", torch.arange(out_features).to(device))
+        self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
+        self.register_buffer("perm", torch.arange(out_features, device=device))
         zeros = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
 
@@ -138,7 +151,7 @@ class PivotedLinear(nn.Module):
         (m, n), A = factors.shape, factors.A
         # Made without values, so that nothing is drawn from the global generator.
         new = cls(n, m, factors.rank, bias=bias is not None, device="meta", dtype=A.dtype)
-        state = {"A.weight": _copy(A, A), "K.weight": _copy(factors.K, A)}
+        state = {"A.weight": _copy(A, A), "K.weight": _copy(factors.K, A), "weight": A.new_empty(0)}
         state["perm"] = factors.perm.clone()
         if bias is not None:
             state["bias"] = _copy(bias, A)
@@ -165,7 +178,8 @@ class PivotedLinear(nn.Module):
         return f"{self.A.in_features} → {len(self.perm)}, rank={self.rank}"
 
 
-def _check_rank(rank: int, m: int, n: int) -> None:
+def check_rank(rank: int, m: int, n: int) -> None:
+    """Raises RankError unless a layer n → m has the rank."""
     if not 1 <= rank <= min(m, n):
         raise RankError(
             f"rank {rank} is out of range for a layer {n} → {m}: choose 1 to {min(m, n)}."

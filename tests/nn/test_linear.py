@@ -91,8 +91,13 @@ def test_state_of_a_low_rank_layer_has_the_names_of_format_1():
         "A.weight": (3, 7),
         "B.weight": (12, 3),
         "B.bias": (12,),
+        "weight": (0,),
     }
-    assert set(LowRankLinear(7, 12, 3, bias=False).state_dict()) == {"A.weight", "B.weight"}
+    assert set(LowRankLinear(7, 12, 3, bias=False).state_dict()) == {
+        "A.weight",
+        "B.weight",
+        "weight",
+    }
 
 
 def test_state_of_a_pivoted_layer_has_the_names_of_format_1():
@@ -104,9 +109,15 @@ def test_state_of_a_pivoted_layer_has_the_names_of_format_1():
         "K.weight": (9, 3),
         "perm": (12,),
         "bias": (12,),
+        "weight": (0,),
     }
     assert state["perm"].dtype == torch.int64
-    assert set(PivotedLinear(7, 12, 3, bias=False).state_dict()) == {"A.weight", "K.weight", "perm"}
+    assert set(PivotedLinear(7, 12, 3, bias=False).state_dict()) == {
+        "A.weight",
+        "K.weight",
+        "perm",
+        "weight",
+    }
 
 
 @pytest.mark.parametrize("kind", LAYERS)

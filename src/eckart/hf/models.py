@@ -1,6 +1,7 @@
-"""The edge to transformers: the only module that imports it, and only when called.
+"""Models and tokenizers of folders, loaded whole or not at all.
 
-Only classes of the installed transformers are used, never code from a checkpoint.
+Only classes of the installed transformers are used, never code from a checkpoint; nothing is
+fetched.
 """
 
 import math
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from eckart.checkpoint.documents import read_json
 from eckart.checkpoint.paths import printable
 from eckart.errors import CheckpointError, InputError, UsageError
+from eckart.formats.manifest import METHOD
 
 WINDOW = 256
 """Tokens per evaluated sequence; each is read afresh, without overlap."""
@@ -50,7 +53,21 @@ def perplexity(
 def load_dense(
     folder: Path, *, dtype: torch.dtype | None = torch.float32, allow_pickle: bool = False
 ) -> Any:
-    """Returns the model of an ordinary checkpoint, for evaluation: a `PreTrainedModel`.
+    """Returns the model of an ordinary checkpoint: see `load_model`; a factored one is refused."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{printable(folder)} is not a folder: check the path.")
+    stated = read_json(folder / "config.json").get("quantization_config")
+    if isinstance(stated, dict) and stated.get("quant_method") == METHOD:
+        raise CheckpointError(
+            f"{printable(folder)} is factored: give the model that it was made from."
+        )
+    return load_model(folder, dtype=dtype, allow_pickle=allow_pickle)
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype | None = torch.float32, allow_pickle: bool = False
+) -> Any:
+    """Returns the model of a checkpoint, dense or factored, in evaluation mode.
 
     Its class is the one that config.json names as `architectures`, where the installed
     transformers has it. `dtype` None is the checkpoint's own. Raises CheckpointError where the
@@ -117,13 +134,7 @@ def refusals(folder: Path) -> Generator[None]:
 
 @contextmanager
 def quiet_transformers() -> Generator[Any]:
-    """Yields the transformers package with its progress bars off, or says how to install it."""
-    try:
-        import transformers
-    except ImportError:
-        raise UsageError(
-            "this needs transformers, which is not installed: pip install 'eckart[hf]'."
-        ) from None
+    """Yields the transformers package with its progress bars off."""
     logging = transformers.utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -1,0 +1,39 @@
+"""The edge to transformers: importing this registers the loader of factored checkpoints.
+
+After `import eckart.hf`, `AutoModel….from_pretrained(OUT)` loads what `eckart compress` wrote:
+its factors stay factors. Only classes of the installed transformers are used, never code from a
+checkpoint. Nothing else in eckart imports transformers, and nothing imports this before it is
+needed.
+"""
+
+try:
+    import transformers as _  # noqa: F401
+except ImportError:
+    from eckart.errors import DependencyError
+
+    raise DependencyError(
+        "this needs transformers, which is not installed: pip install 'eckart[hf]'."
+    ) from None
+
+from eckart.hf.models import (
+    Perplexity,
+    load_dense,
+    load_model,
+    load_tokenizer,
+    perplexity,
+    quiet_transformers,
+)
+from eckart.hf.quantizer import EckartConfig, EckartQuantizer, register
+
+register()
+
+__all__ = [
+    "EckartConfig",
+    "EckartQuantizer",
+    "Perplexity",
+    "load_dense",
+    "load_model",
+    "load_tokenizer",
+    "perplexity",
+    "quiet_transformers",
+]
