@@ -19,6 +19,7 @@ from eckart.checkpoint.source import Source, bytes_of
 from eckart.errors import NonFiniteError
 from eckart.families import FLOATING, has_grown
 from eckart.linalg.norms import energy
+from eckart.linalg.threads import computing_on
 
 PIECE_ENTRIES = 2**22
 """Compared at once: they stay in memory as stored, and in blocks in the cache as subtracted."""
@@ -43,7 +44,14 @@ class Comparer:
     base: Source
 
     def __call__(self, name: str) -> Compared:
-        """Reads both once, in pieces. Peak: a piece of each. NonFiniteError names the tensor."""
+        """Reads both once, in pieces. Peak: a piece of each. NonFiniteError names the tensor.
+
+        On one thread: it hashes, most of the time.
+        """
+        with computing_on(1):
+            return self._compare(name)
+
+    def _compare(self, name: str) -> Compared:
         ours, theirs = self.tuned.tensors[name], self.base.tensors[name]
         if {ours.dtype, theirs.dtype} - DTYPES.keys():
             return self._by_digest(name)

@@ -25,7 +25,7 @@ from eckart.checkpoint.quantized import EIGHT_BITS
 from eckart.checkpoint.source import Source, bytes_of
 from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout
 from eckart.checkpoint.writer import CERTIFICATE
-from eckart.decompose.request import FLOPS, on_threads
+from eckart.decompose.request import FLOPS
 from eckart.errors import CheckpointError
 from eckart.families import FLOATING, has_conv1d, has_grown, is_tied_to_head, matrix_as_used
 from eckart.formats.adapters import Adapter, Part
@@ -33,6 +33,7 @@ from eckart.linalg.arrays import check_finite
 from eckart.linalg.factors import Factors, product_energy
 from eckart.linalg.norms import energy_from_above
 from eckart.linalg.residual import rounded_up
+from eckart.linalg.threads import computing_on
 from eckart.matrix import Matrix
 
 
@@ -119,7 +120,7 @@ class Applier:
             case AddBias():
                 return self._add_bias(order)
             case Add():
-                with on_threads(order.matrix.shape, self.threads or THREADS):
+                with computing_on(self.threads or THREADS):
                     return self._add(order)
 
     def _copy(self, source: Source, name: str, stored: str) -> str:

@@ -3,12 +3,10 @@
 All of it from shapes alone, so that a plan is the same on every machine.
 """
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import torch
-
+from eckart.linalg.threads import computing_on
 from eckart.linalg.truncated import prefers_exact, tries_exact
 from eckart.matrix import Matrix, Shape
 
@@ -62,15 +60,9 @@ def threads_for(shape: Shape) -> int:
     return 1 if m * n <= 2**24 else 2 if m * n <= 2**26 else 4
 
 
-@contextmanager
-def on_threads(shape: Shape, threads: int | None) -> Generator[None]:
+def on_threads(shape: Shape, threads: int | None) -> AbstractContextManager[None]:
     """Computes on the threads asked for, or on those for the shape; afterwards as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or threads_for(shape))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return computing_on(threads or threads_for(shape))
 
 
 def seconds_for(matrix: Matrix, request: Request, threads: int, *, weighted: bool = False) -> float:

@@ -20,12 +20,12 @@ from eckart.assemble.application import (
 from eckart.certificate import Certificate, MatrixRecord
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
-from eckart.decompose.request import on_threads
 from eckart.errors import CheckpointError
 from eckart.execute import Task, Workers
 from eckart.formats.adapters import Adapter
 from eckart.linalg.factors import product_energy
 from eckart.linalg.residual import rounded_up
+from eckart.linalg.threads import computing_on
 from eckart.verification.against import ROUNDING, digests_of
 from eckart.verification.check import Check
 
@@ -45,7 +45,7 @@ class _Measurer:
     def __call__(self, order: Add) -> float:
         """Returns ‖W' − (W + s·BA)‖/‖s·BA‖ of the tensor as it is stored."""
         missed, total, start = 0.0, 0.0, 0
-        with on_threads(order.matrix.shape, THREADS):
+        with computing_on(THREADS):
             for sums in sums_of(self.base, self.adapter, order, self.sign):
                 for rows, exact in sums:
                     found = self.written.entries(order.name, start, start + rows.numel())
