@@ -13,7 +13,8 @@ ratio is the median of the ratios of the rounds, so that a busy machine disturbs
 - resize of an adapter of rank 128 of 4096-wide modules to 32, against forming each s·BA and its
   dense SVD (`torch.linalg.svd`), two threads, in float32.
 - apply of rank 16 to a base, against `cp` and `sync` of the base; the bare process (start and end)
-  is measured too, and the ratio is given with and without it.
+  is measured too, and the ratio is given with and without it. Beside it the least that the
+  certificate costs: SHA-256 of as many bytes twice, base and output, on two threads.
 - memory of extract (two workers of one thread) for a model and for one with four times the layers.
 
 mergekit needs an environment of its own:
@@ -27,6 +28,7 @@ Results are appended to `bench/RESULTS.md`.
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -326,6 +328,23 @@ def resize_rows(folder: Path, count: int) -> Iterator[str]:
     shutil.rmtree(out)
 
 
+def hashed_twice(folder: Path) -> float:
+    """Returns the seconds of SHA-256 of every file of a folder, twice, by two threads."""
+
+    def read_all() -> None:
+        for path in sorted(folder.iterdir()):
+            with path.open("rb") as stream:
+                hashlib.file_digest(stream, "sha256")
+
+    start = time.perf_counter()
+    threads = [threading.Thread(target=read_all) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - start
+
+
 def apply_rows(folder: Path, gigabytes: float, count: int) -> Iterator[str]:
     """Yields the figures of apply against cp and sync."""
     layers = max(1, round((gigabytes - 0.52) / 0.352))
@@ -349,14 +368,15 @@ def apply_rows(folder: Path, gigabytes: float, count: int) -> Iterator[str]:
         shutil.rmtree(out)
         return seconds
 
-    times = rounds(count, lambda: timed(bare), applied, copied)
-    start, ours, cp = medians(times)
+    times = rounds(count, lambda: timed(bare), applied, copied, lambda: hashed_twice(base))
+    start, ours, cp, hashed = medians(times)
     gross = statistics.median(t[1] / t[2] for t in times)
     net = statistics.median((t[1] - t[0]) / t[2] for t in times)
     yield (
         f"- apply of rank {TRAINED} to {size / 1e9:.1f} GB: {ours:.2f} s, of which the bare "
         f"process {start:.2f} s; cp and sync {cp:.2f} s: **{gross:.2f}×**, net of the bare "
-        f"process {net:.2f}×"
+        f"process {net:.2f}×; SHA-256 alone, of what is read and of what is written, on two "
+        f"threads {hashed:.2f} s"
     )
     shutil.rmtree(base)
     shutil.rmtree(adapter)

@@ -15,7 +15,7 @@ from torch import Tensor
 from eckart.checkpoint.delta import Delta, delta_of
 from eckart.checkpoint.header import DTYPES
 from eckart.checkpoint.paths import printable
-from eckart.checkpoint.source import Source, bytes_of
+from eckart.checkpoint.source import Source, bytes_of, same_bytes
 from eckart.errors import NonFiniteError
 from eckart.families import FLOATING, has_grown
 from eckart.linalg.norms import energy
@@ -24,7 +24,7 @@ from eckart.linalg.threads import computing_on
 PIECE_ENTRIES = 2**22
 """Compared at once: they stay in memory as stored, and in blocks in the cache as subtracted."""
 
-BLOCK = 2**16
+BLOCK = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Comparer:
         for start in range(0, theirs.parameters, PIECE_ENTRIES):
             stop = min(start + PIECE_ENTRIES, theirs.parameters)
             W, W0 = (s.entries(name, start, stop) for s in (self.tuned, self.base))
-            same = W.dtype == W0.dtype and bytes_of(W) == bytes_of(W0)
+            same = W.dtype == W0.dtype and same_bytes(W, W0)
             if theirs_seen is None and not same:
                 theirs_seen = ours_seen.copy()  # equal up to here
             ours_seen.update(bytes_of(W))
@@ -185,8 +185,9 @@ class Changes:
 def _energy_between(W: Tensor, W0: Tensor) -> float:
     """‖W − W0‖² of two pieces, by blocks that stay in the cache."""
     wide = torch.float64 if 8 in (W.dtype.itemsize, W0.dtype.itemsize) else torch.float32
+    memory = torch.empty(min(len(W), BLOCK), dtype=wide)
     blocks = zip(W.split(BLOCK), W0.split(BLOCK), strict=True)
-    return sum(energy(a.to(wide) - b.to(wide)) for a, b in blocks)
+    return sum(energy(memory[: len(a)].copy_(a).sub_(b)) for a, b in blocks)
 
 
 def _own_energy(source: Source, name: str) -> float:

@@ -13,7 +13,7 @@ from eckart.checkpoint import header
 from eckart.checkpoint import source as module
 from eckart.checkpoint.header import DTYPES, read_header
 from eckart.checkpoint.opening import open_checkpoint
-from eckart.checkpoint.source import Checkpoint
+from eckart.checkpoint.source import Checkpoint, same_bytes
 from eckart.errors import CheckpointError, DtypeError
 
 KINDS = {
@@ -286,3 +286,18 @@ def test_a_folder_without_tensors_has_no_files(tmp_path):
 
     assert empty.files == []
     assert empty.fingerprint() == hashlib.sha256(b"[]").hexdigest()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.uint8])
+def test_same_bytes_are_the_same_bits(dtype):
+    """To the last entry; equal numbers with other bits are not, and NaN is itself."""
+    a = torch.arange(301.0).to(dtype)
+    b = a.clone()
+    b[-1] = 7
+    zeros = torch.zeros(3)
+
+    assert same_bytes(a, a.clone())
+    assert not same_bytes(a, b)
+    assert not same_bytes(zeros, -zeros)
+    assert same_bytes(zeros / 0, zeros / 0)
+    assert same_bytes(a[:0], b[:0])

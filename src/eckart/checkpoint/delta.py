@@ -8,8 +8,8 @@ import torch
 from eckart.checkpoint.header import DTYPES, TensorInfo
 from eckart.checkpoint.source import Source
 
-PIECE_ENTRIES = 2**22
-"""Subtracted at once: 16 MiB in float32."""
+PIECE_ENTRIES = 2**20
+"""Subtracted at once: 4 MiB in float32 stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Delta(Source):
             piece = out[start : start + PIECE_ENTRIES]
             begin, end = first + start, first + start + len(piece)
             tuned, base = (s.entries(name, begin, end) for s in (self.tuned, self.base))
-            torch.sub(tuned.to(dtype), base.to(dtype), out=piece)
+            piece.copy_(tuned).sub_(base)
 
     def check_unchanged(self) -> None:
         """Raises CheckpointError if a weight file of either is not as it was."""
