@@ -12,7 +12,6 @@ from torch import Tensor
 
 from eckart.checkpoint.paths import natural_order
 from eckart.checkpoint.source import Source
-from eckart.hf import quiet_transformers
 
 STACK, TOP = "MergeModulelist", "Concatenate"
 
@@ -65,6 +64,8 @@ def places_of(
 
 
 def _renamed(model: Any, names: Iterable[str], state: Mapping[str, Tensor]) -> dict[str, Renamed]:
+    from eckart.hf import quiet_transformers  # and transformers, when it is needed
+
     with quiet_transformers():
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (

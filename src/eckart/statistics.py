@@ -27,7 +27,6 @@ from eckart.checkpoint.writer import check_output
 from eckart.errors import InputError, UsageError
 from eckart.execute import Progress, Silent
 from eckart.families import matrices
-from eckart.hf import load_dense
 from eckart.matrix import Matrix
 from eckart.planning import check_device, open_dense
 from eckart.renaming import Place, places_of
@@ -212,6 +211,8 @@ def _planned(
 
 def _loaded(folder: Path, device: str, allow_pickle: bool) -> Any:
     """The model, as it is to be run: every product with an expert one of its own, no cache."""
+    from eckart.hf import load_dense  # transformers, when it is needed
+
     found = load_dense(folder, allow_pickle=allow_pickle).to(device)
     found.set_experts_implementation("eager")
     found.config.use_cache = False

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from eckart.checkpoint.paths import printable
 from eckart.errors import CheckpointError, InputError
-from eckart.hf import load_dense
 from eckart.texts import Text, check_vocabulary
 
 MOST = 32
@@ -67,6 +66,8 @@ class Trial:
         allow_pickle: bool = False,
     ) -> None:
         self.threads = threads or THREADS
+        from eckart.hf import load_dense  # transformers, when it is needed
+
         self.model: Any = load_dense(folder, allow_pickle=allow_pickle).to(device)
         known: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         if strange := [name for name in names if name not in known]:
