@@ -158,8 +158,18 @@ def test_an_extracted_adapter_is_the_tuned_model_in_peft(case, tmp_path, recwarn
     for found in (beside, merged, ours):
         assert (found - expected).norm() < 1e-4 * (expected - before).norm()
     assert not [w for w in recwarn if "missing" in str(w.message).lower()]
-    assert all(check.held for check in verify(out, tuned, base=base))
-    assert all(check.held for check in verify(tmp_path / "applied", out, base=base))
+    save_file({"ids": IDS}, tmp_path / "tokens.safetensors")
+    for checks in (
+        verify(out, tuned, base=base, tokens=tmp_path / "tokens.safetensors"),
+        verify(tmp_path / "applied", out, base=base, tokens=tmp_path / "tokens.safetensors"),
+    ):
+        assert all(check.held for check in checks)
+        assert figures_of(checks, "logits")["relative_logit_error"] < 1e-4
+
+
+def figures_of(checks, name: str) -> dict[str, float]:
+    (found,) = (check.figures for check in checks if check.name == name)
+    return dict(found)
 
 
 def test_added_tokens_are_refused_by_name_or_stored_whole(tmp_path):

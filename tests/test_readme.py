@@ -39,6 +39,8 @@ def at_home(tmp_path, monkeypatch) -> Path:
 
 def test_the_commands_of_the_readme_run(at_home):
     """Every command of every use case, as it stands there, on the embedded models."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
     blocks = [text for _, text in BLOCKS if text.startswith("eckart ")]
     lines = [line.partition("#")[0].split() for text in blocks for line in text.splitlines()]
     codes = [eckart(*line[1:]).code for line in lines]

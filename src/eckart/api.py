@@ -16,6 +16,7 @@ from eckart.certificate import (
     SourceRecord,
     read_certificate,
 )
+from eckart.checkpoint.header import DTYPES
 from eckart.checkpoint.opening import open_checkpoint
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.tensor_file import SHARD_BYTES
@@ -42,12 +43,13 @@ from eckart.planning import (
     policy_of,
     resources_for,
     spread,
+    stored_dtype,
     with_base,
 )
 from eckart.selection import select
 from eckart.texts import open_text
 from eckart.trial import Trial, held_out
-from eckart.verification import Check, check_files, verify_output
+from eckart.verification import Check, TextOptions, check_files, verify_output
 
 PathLike = str | Path
 
@@ -293,11 +295,26 @@ def verify(
     base: PathLike | None = None,
     statistics: PathLike | None = None,
     consumers: Sequence[str] = (),
+    text: PathLike | None = None,
+    tokens: PathLike | None = None,
+    batch: PathLike | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
     workers: int | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> list[Check]:
-    """Returns what was checked of an output folder; see `eckart.verification.verify_output`."""
+    """Returns what was checked of an output folder; see `eckart.verification.verify_output`.
+
+    One of `text`, `tokens` and `batch` is run through the output and what it was made from, both
+    loaded in `dtype`; the figures of those checks are in their `figures`.
+    """
+    check_device(device)
+    options = TextOptions(
+        *(None if path is None else Path(path) for path in (text, tokens, batch)),
+        dtype=DTYPES[stored_dtype(dtype) or "F32"],
+        device=device,
+    )
     sources = [against] if isinstance(against, str | Path) else against or []
     return verify_output(
         Path(out),
@@ -305,6 +322,7 @@ def verify(
         base=None if base is None else Path(base),
         statistics=None if statistics is None else Path(statistics),
         consumers=consumers,
+        text=options,
         workers=workers,
         allow_pickle=allow_pickle,
         watch=progress,

@@ -10,6 +10,7 @@ from eckart import __version__
 from eckart.cli.options import (
     Align,
     AllowPickle,
+    BatchFile,
     ConsumerOption,
     Device,
     Exclude,
@@ -245,12 +246,22 @@ def verify(
         list[ConsumerOption] | None,
         typer.Option("--for", help="It must load there; asked of any adapter."),
     ] = None,
+    text: TextFile = None,
+    tokens: TokensFile = None,
+    batch: BatchFile = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="In which both models are run on the text.")
+    ] = "float32",
+    device: Device = "cpu",
     workers: Workers = None,
     allow_pickle: AllowPickle = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Recompute what the certificate claims, from the files; exit 6 if it does not hold."""
+    """Recompute what the certificate claims, from the files; exit 6 if it does not hold.
+
+    With a text, run it through OUT and SRC too: perplexity, KL, agreement.
+    """
     warm_up(workers if against else 1)
     from eckart import api, conversion
 
@@ -265,6 +276,11 @@ def verify(
             base=base,
             statistics=statistics,
             consumers=[consumer.value for consumer in consumers or ()],
+            text=text,
+            tokens=tokens,
+            batch=batch,
+            dtype=dtype,
+            device=device,
             workers=workers,
             allow_pickle=allow_pickle,
             progress=progress,

@@ -137,7 +137,7 @@ def _perplexities(
     if importlib.util.find_spec("transformers") is None:
         console.print("\n  (pip install 'eckart[hf]' and this prints what the model has become)")
         return
-    from eckart.hf import perplexity
+    from eckart.evaluation import perplexity
 
     _heading(console, f"Is it still the same model? Perplexity per byte on {heldout}")
     before = perplexity(base, heldout, windows=WINDOWS)
@@ -183,7 +183,7 @@ def _adapters(folder: Path, base: Path, console: Console, force: bool) -> None:
     console.print("  Each is verified against both models, and folded into base by eckart apply.")
     if importlib.util.find_spec("transformers") is None:
         return
-    from eckart.hf import perplexity
+    from eckart.evaluation import perplexity
 
     _heading(console, f"Is it the tuned model? Perplexity per byte on {heldout}")
     for name, model in models.items():

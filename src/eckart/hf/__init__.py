@@ -15,12 +15,12 @@ except ImportError:
         "this needs transformers, which is not installed: pip install 'eckart[hf]'."
     ) from None
 
+from eckart.hf.adapters import load_adapted, require_peft
 from eckart.hf.models import (
-    Perplexity,
     load_dense,
     load_model,
     load_tokenizer,
-    perplexity,
+    model_class,
     quiet_transformers,
 )
 from eckart.hf.quantizer import EckartConfig, EckartQuantizer, register
@@ -30,10 +30,11 @@ register()
 __all__ = [
     "EckartConfig",
     "EckartQuantizer",
-    "Perplexity",
+    "load_adapted",
     "load_dense",
     "load_model",
     "load_tokenizer",
-    "perplexity",
+    "model_class",
     "quiet_transformers",
+    "require_peft",
 ]

@@ -4,50 +4,21 @@ Only classes of the installed transformers are used, never code from a checkpoin
 fetched.
 """
 
-import math
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 from eckart.checkpoint.documents import read_json
-from eckart.checkpoint.paths import printable
-from eckart.errors import CheckpointError, InputError, UsageError
+from eckart.checkpoint.paths import is_there, printable
+from eckart.errors import CheckpointError, EckartError
 from eckart.formats.manifest import METHOD
-
-WINDOW = 256
-"""Tokens per evaluated sequence; each is read afresh, without overlap."""
 
 REFUSALS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
 """What transformers raises on folders that it cannot load."""
-
-
-@dataclass(frozen=True, slots=True)
-class Perplexity:
-    """exp of the mean loss per predicted token."""
-
-    value: float
-    nats: float
-    tokens: int
-
-
-def perplexity(
-    folder: Path, text: Path, *, window: int = WINDOW, windows: int | None = None
-) -> Perplexity:
-    """Returns the perplexity of a dense causal language model on a text file.
-
-    The text is encoded with the model's own tokenizer and cut into windows of `window` tokens;
-    the last, incomplete one is dropped, and so is what follows the first `windows`. Computed in
-    float32, whatever the dtype of the weights. Needs the `hf` extra.
-    """
-    ids = load_tokenizer(folder)(text.read_text(encoding="utf-8"), return_tensors="pt")
-    model = load_dense(folder)
-    return _perplexity(model, ids["input_ids"][0][: windows and windows * window], window)
 
 
 def load_dense(
@@ -74,8 +45,8 @@ def load_model(
     class is unknown, or a weight of it is not in the folder (transformers would fill it at
     random).
     """
-    with quiet_transformers() as transformers, refusals(folder):
-        model, report = model_class(folder, transformers).from_pretrained(
+    with quiet_transformers(), refusals(folder):
+        model, report = model_class(folder).from_pretrained(
             folder,
             dtype=dtype or "auto",
             local_files_only=True,
@@ -93,17 +64,35 @@ def load_model(
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Returns the tokenizer of a model's folder; CheckpointError if there is none."""
-    with quiet_transformers() as transformers, refusals(folder):
-        return transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+    """Returns the tokenizer of a model's folder; CheckpointError if there is none.
+
+    transformers makes one without words for some models, which takes everything for unknown.
+    """
+    try:
+        with quiet_transformers(), refusals(folder):
+            found = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except CheckpointError:
+        found = None
+    files = [] if found is None else found.vocab_files_names.values()
+    if not any(is_there(folder / name) for name in files):
+        raise CheckpointError(
+            f"{printable(folder)} has no tokenizer that transformers can load: give the text as "
+            "--tokens FILE.safetensors, encoded."
         )
+    return found
 
 
-def model_class(folder: Path, transformers: Any) -> Any:
+def model_class(folder: Path) -> Any:
     """Returns the class of a model: what config.json names, of the installed transformers."""
     if not folder.is_dir():
         raise CheckpointError(f"{printable(folder)} is not a folder: check the path.")
+    if not is_there(folder / "config.json"):
+        raise CheckpointError(
+            f"{printable(folder)} has no config.json that says which model it is: transformers "
+            "cannot load it."
+        )
     config = read_json(folder / "config.json")
     named = config.get("architectures")
     if not isinstance(named, list) or not named:
@@ -123,7 +112,7 @@ def refusals(folder: Path) -> Generator[None]:
     """Turns what transformers raises over a folder into one sentence that names it."""
     try:
         yield
-    except (UsageError, InputError):
+    except EckartError:  # said already, nearer to the place
         raise
     except REFUSALS as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -143,19 +132,3 @@ def quiet_transformers() -> Generator[Any]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-@torch.no_grad()
-def _perplexity(model: Any, ids: Tensor, window: int) -> Perplexity:
-    count = len(ids) // window
-    if count == 0:
-        raise InputError(f"the text has {len(ids)} tokens: at least {window} are needed.")
-    nats = 0.0
-    for batch in ids[: count * window].reshape(count, window).split(16):
-        logits = model(input_ids=batch).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
-        )
-        nats += float(loss)
-    tokens = count * (window - 1)
-    return Perplexity(math.exp(nats / tokens), nats / tokens, tokens)

@@ -20,6 +20,7 @@ from eckart.execute import Progress, Silent, Workers, workers_for
 from eckart.formats.adapters import open_adapter
 from eckart.formats.forms import form_of, promised_consumer
 from eckart.formats.pipelines import addressed, holds_adapter, open_lora
+from eckart.texts import Text
 from eckart.verification import adapter, merged
 from eckart.verification.adapter import checks_against_pair
 from eckart.verification.against import check_accounts, checks_against, digests_of
@@ -35,8 +36,9 @@ from eckart.verification.applied import check_applied, checks_against_sum
 from eckart.verification.check import Check
 from eckart.verification.loaders import Fit, check_fits, fits_of
 from eckart.verification.merged import checks_against_adapters
+from eckart.verification.outputs import Roles, TextOptions, check_runs, checks_of_outputs
 
-__all__ = ["Check", "Fit", "check_files", "lint", "verify_output"]
+__all__ = ["Check", "Fit", "TextOptions", "check_files", "lint", "verify_output"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ def verify_output(
     base: Path | None = None,
     statistics: Path | None = None,
     consumers: Sequence[str] = (),
+    text: TextOptions | None = None,
     workers: int | None = None,
     allow_pickle: bool = False,
     watch: Progress | None = None,
@@ -81,11 +84,18 @@ def verify_output(
     that every other tensor is identical to the byte; with the `statistics` that it was made with,
     also the error and the loss of every matrix in their metric. A model with an adapter in it is
     held against that adapter and its `base`, an adapter against the tuned model and the `base`, a
-    merged one against the adapters in their order. Raises PromiseError where the output cannot
-    even be read, CheckpointError where what it is held against is not what it should be.
+    merged one against the adapters in their order. With `text`, too, the same inputs through the
+    output and through what it was made from, in rows that are measured and fail only where logits
+    are not finite: perplexity, KL, agreement, the largest difference; of an adapter against the
+    size of the change. Raises PromiseError where the output cannot even be read, CheckpointError
+    where what it is held against is not what it should be, InputError for a text that cannot be
+    used.
     """
     asked: list[ConsumerName] = [consumer_of(name).name for name in consumers]
+    options = text or TextOptions()
     if asked and holds_adapter(out) and not is_there(out / CERTIFICATE):
+        if options.is_given:
+            raise UsageError(f"eckart did not write {printable(out)}: leave the text out.")
         fits = lint(out)
         return [check_fits(fits, name) for name in asked]
     certificate = _read_written(out)
@@ -106,17 +116,46 @@ def verify_output(
         statistics,
     )
     _check_request(request)
+    inputs = _open_text(request, options)
+    checks += _checks_of_files(request, asked)
+    if inputs is not None and all(check.held for check in checks):
+        roles = Roles(out, request.against[0], base)
+        checks += checks_of_outputs(
+            certificate, roles, inputs, options, allow_pickle=allow_pickle, watch=request.watch
+        )
+    return checks
+
+
+def _checks_of_files(request: _Request, asked: Sequence[ConsumerName]) -> Iterator[Check]:
+    """What the files tell alone, where they can be loaded, and what they were made from."""
+    certificate = request.certificate
     alone, held_against = KINDS[certificate.kind]
     written = _open_written(request)
-    for check in alone(out, written, certificate):
-        checks.append(check)
+    for check in alone(request.out, written, certificate):
+        yield check
         if not check.held:
-            return checks
+            return
     if asked or certificate.kind in ADAPTERS:
-        fits, promised = lint(out), promised_consumer(certificate).name
-        checks.append(check_fits(fits, promised))
-        checks += [check_fits(fits, name) for name in asked if name != promised]
-    return [*checks, *held_against(request, written)] if against else checks
+        fits, promised = lint(request.out), promised_consumer(certificate).name
+        yield check_fits(fits, promised)
+        yield from (check_fits(fits, name) for name in asked if name != promised)
+    if request.against:
+        yield from held_against(request, written)
+
+
+def _open_text(request: _Request, options: TextOptions) -> Text | None:
+    """The text, refused before any work where it cannot be used, or where there is no model."""
+    if not options.is_given:
+        return None
+    if not request.against:
+        raise UsageError(
+            f"a text is run through two models: give --against, what {printable(request.out)} was "
+            "made from."
+        )
+    roles = Roles(request.out, request.against[0], request.base)
+    check_runs(request.certificate, roles)
+    is_adapted = request.certificate.kind == "applied"
+    return options.open(roles.base if is_adapted and roles.base else roles.source)
 
 
 def lint(path: Path) -> list[Fit]:

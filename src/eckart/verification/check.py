@@ -1,7 +1,7 @@
 """One thing that was looked at, and what was found."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 SHOWN = 3
 
@@ -13,6 +13,7 @@ class Check:
     name: str
     held: bool
     detail: str
+    figures: Mapping[str, float] = field(default_factory=dict[str, float])  # where it was measured
 
     @classmethod
     def of(cls, name: str, faults: Sequence[str], detail: str) -> "Check":
