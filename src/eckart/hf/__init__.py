@@ -8,11 +8,12 @@ needed.
 
 try:
     import transformers as _  # noqa: F401
-except ImportError:
+except ImportError as error:
     from eckart.errors import DependencyError
 
     raise DependencyError(
-        "this needs transformers, which is not installed: pip install 'eckart[hf]'."
+        f"this needs transformers, which cannot be imported ({str(error).partition(chr(10))[0]}): "
+        "pip install 'eckart[hf]'."
     ) from None
 
 from eckart.hf.adapters import load_adapted, require_peft

@@ -17,7 +17,6 @@ from transformers.core_model_loading import (
     ConversionOps,
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
@@ -169,7 +168,7 @@ def with_products(
     groups = {goes[name].group for name in guards if name in goes}
     alone = [one for one in copy.deepcopy(renamed) if isinstance(one, WeightRenaming)]
     names = [
-        apply_renamings(name, alone)
+        _renamed(name, alone)
         for name in stored
         if name in guards and name in goes and goes[name].group is None
     ]
@@ -191,8 +190,12 @@ def without_products(conversions: Sequence[Any]) -> list[Any]:
 def _extended(conversion: Any, groups: Set[str | None], products: Products) -> Any:
     if not isinstance(conversion, WeightConverter) or not groups & {*conversion.source_patterns}:
         return conversion
-    return conversion.copy(
-        conversion._original_source_patterns,  # pyright: ignore[reportPrivateUsage]
-        conversion._original_target_patterns,  # pyright: ignore[reportPrivateUsage]
-        operations=[products, *conversion.operations],
-    )
+    extended = copy.deepcopy(conversion)
+    extended.operations = [products, *conversion.operations]
+    return extended
+
+
+def _renamed(name: str, renamings: Sequence[WeightRenaming]) -> str:
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name

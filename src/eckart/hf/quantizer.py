@@ -64,6 +64,7 @@ class Plan:
     """A checkpoint's factored tensors: those whose layers stay so, and the others."""
 
     source: Source
+    model: Any
     kept: Mapping[str, str]  # guard → module
     dense: Mapping[str, FactoredEntry]  # by guard
 
@@ -119,7 +120,7 @@ class EckartQuantizer(HfQuantizer):
                 self.layers[module], kept[name] = Layer(entry, original), module
         self._put_back_strays(model, source, kept)
         rest = {name: entry for name, entry in found.items() if name not in kept and name in goes}
-        self.plan = Plan(source, kept, rest)
+        self.plan = Plan(source, model, kept, rest)
         if rest:
             ignored = model._keys_to_ignore_on_load_unexpected or set()
             model._keys_to_ignore_on_load_unexpected = {*ignored, PARTS}
@@ -141,14 +142,17 @@ class EckartQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: Any = None
     ) -> list[Any]:
-        """Returns the loader's conversions, with what is to be dense multiplied out first."""
+        """Returns the loader's conversions, with what is to be dense multiplied out first.
+
+        Only later versions of transformers tell the model: it is the one that was prepared.
+        """
         assert self.plan is not None, "the loader asks for conversions after it made the model"
         plan = self.plan
         if not plan.dense:
             return weight_conversions
         return with_products(
             weight_conversions,
-            model,
+            plan.model,
             [*plan.source.tensors],
             guards=plan.dense.keys(),
             biases=plan.biases,
