@@ -8,7 +8,9 @@ counted from the tensors that it stores, and run once over the evaluation tokens
 - inputs, uniform, pivoted: r(m + n − r) ≤ keep·mn (PIFA's storage, 2025);
 - inputs + curvature, uniform: from G^½ W C^½;
 - inputs + curvature, global: `eckart compress --statistics S --keep F`;
-- … pivoted: the same with `--form auto`: what to use;
+- … pivoted: the same with `--form auto`;
+- … tried: with `--tokens`, too, of the calibration sequences: the last tenth of them chooses among
+  ways to spend the budget;
 - dense int8, one scale a row, and dense int4, one scale for 32 weights: what the same bytes buy.
 
 The first four are plain implementations that share no code with the package: eigenvectors and
@@ -49,6 +51,7 @@ KEEPS = (0.8, 0.6, 0.4)
 SEQUENCES = 128  # of the demo model's calibration text
 GROUP = 32
 HALF = 2  # bytes
+TOKENS = "tokens.safetensors"
 
 
 @dataclass
@@ -138,9 +141,10 @@ UNIFORM: dict[str, tuple[Method, bool]] = {
     "inputs, uniform, pivoted (PIFA's storage)": (by_inputs, True),
     "inputs + curvature, uniform": (by_both, False),
 }
-GLOBAL = {
-    "inputs + curvature, global": "ba",
-    "**inputs + curvature, global, pivoted**": "auto",
+GLOBAL = {  # the form, and whether ways to spend are tried on the calibration tokens
+    "inputs + curvature, global": ("ba", False),
+    "**inputs + curvature, global, pivoted**": ("auto", False),
+    "**… tried on the text**": ("auto", True),
 }
 
 
@@ -158,12 +162,19 @@ def uniform(
 
 
 def by_eckart(
-    folder: Path, model: Path, statistics: Path, form: str, keep: float
+    folder: Path, model: Path, form: str, tried: bool, keep: float
 ) -> tuple[dict[str, Tensor], float, float]:
     """Returns the matrices as `compress` wrote them, what it keeps, and its seconds."""
-    out = folder / f"{form}-{keep}"
+    out = folder / f"{form}-{tried}-{keep}"
     began = time.monotonic()
-    certificate = eckart.compress(model, out, statistics=statistics, keep=keep, form=form)  # type: ignore[arg-type]
+    certificate = eckart.compress(
+        model,
+        out,
+        statistics=folder / "S",
+        keep=keep,
+        form=form,  # type: ignore[arg-type]
+        tokens=folder / TOKENS if tried else None,
+    )
     seconds = time.monotonic() - began
     written = open_checkpoint(out)
     changed = {
@@ -235,9 +246,9 @@ def in_dtype(model: Path, folder: Path, dtype: str | None) -> Path:
     return folder
 
 
-def table(folder: Path, model: Model, source: Path, statistics: Path) -> Iterator[str]:
+def table(folder: Path, model: Model, source: Path) -> Iterator[str]:
     """Yields the lines of the table, as they are found."""
-    known = open_statistics(statistics)
+    known = open_statistics(folder / "S")
     moments = {name: Moments.of(known, name) for name in model.weights}
     yield "| method | " + " | ".join(f"keep {keep}" for keep in KEEPS) + " |"
     yield "|---|" + "---|" * len(KEEPS)
@@ -245,19 +256,20 @@ def table(folder: Path, model: Model, source: Path, statistics: Path) -> Iterato
     for name, (method, pivoted) in UNIFORM.items():
         cells = (uniform(model, moments, method, pivoted, keep) for keep in KEEPS)
         yield _line(name, [_cell(model.perplexity(changed), kept) for changed, kept in cells])
-    seconds = 0.0
-    for name, form in GLOBAL.items():
-        cells = list[str]()
+    seconds = list[str]()
+    for name, (form, tried) in GLOBAL.items():
+        cells, total = list[str](), 0.0
         for keep in KEEPS:
-            changed, kept, took = by_eckart(folder, source, statistics, form, keep)
+            changed, kept, took = by_eckart(folder, source, form, tried, keep)
             cells.append(_cell(model.perplexity(changed), kept))
-            seconds += took
+            total += took
+        seconds.append(f"{total:.1f} s")
         yield _line(name, cells)
     yield ""
     yield "At equal bytes (half precision = 1; what is kept above is also the share of its bytes):"
     for name, size, value in quantized_rows(model):
         yield f"- {name}: {size:.4f} of the bytes, {value:.4f}"
-    yield f"- six runs of compress: {seconds:.1f} s"
+    yield f"- compress, three runs of each of its rows: {', '.join(seconds)}"
 
 
 def _line(name: str, cells: list[str]) -> str:
@@ -286,9 +298,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = in_dtype(original, folder / "model", asked.dtype)
-        save_file({"tokens": calibration.int().contiguous()}, folder / "tokens.safetensors")
+        save_file({"tokens": calibration.int().contiguous()}, folder / TOKENS)
         began = time.monotonic()
-        eckart.calibrate(source, folder / "S", tokens=folder / "tokens.safetensors")
+        eckart.calibrate(source, folder / "S", tokens=folder / TOKENS)
         calibrating = time.monotonic() - began
         model = open_model(source, evaluation)
         lines = [
@@ -301,7 +313,7 @@ def main() -> None:
         ]
         for line in lines:
             print(line, flush=True)
-        for line in table(folder, model, source, folder / "S"):
+        for line in table(folder, model, source):
             print(line, flush=True)
             lines.append(line)
         lines.append(f"- the evaluation tokens were run {model.runs} times, once for each figure")

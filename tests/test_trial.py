@@ -8,6 +8,7 @@ from builders import eckart, read_document, read_tensors, snapshot, write_moment
 from safetensors.torch import save_file
 
 from eckart import compress, densify, verify
+from eckart.checkpoint.opening import open_source
 from eckart.errors import CheckpointError, InputError, UsageError
 from eckart.hf import load_dense
 from eckart.texts import Text, open_text
@@ -77,7 +78,7 @@ def test_the_last_tenth_is_held_out(tokens):
 def test_a_trial_measures_what_the_model_becomes_and_puts_it_back(model, tokens):
     """Loss by torch's cross-entropy, divergence by torch's own; afterwards all is as it was."""
     text = held_out(text_of(tokens))
-    trial, other = Trial(model, text, names=[Q]), load_dense(model)
+    trial, other = Trial(open_source(model), text, names=[Q]), load_dense(model)
     changed, ids = torch.zeros(32, 32), text.inputs["input_ids"]
     before = {name: tensor.clone() for name, tensor in trial.model.state_dict().items()}
     found = trial.outcome([(Q, changed)])
@@ -103,10 +104,16 @@ def test_a_trial_measures_what_the_model_becomes_and_puts_it_back(model, tokens)
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_a_tensor_that_the_model_knows_by_another_name_is_refused(model, tokens):
-    """Before any work."""
-    with pytest.raises(CheckpointError, match=r"x\.weight of .* is no parameter of LlamaFor"):
-        Trial(model, held_out(text_of(tokens)), names=["x.weight"])
+def test_a_tensor_that_is_not_in_the_model_is_refused(model, tokens, tmp_path):
+    """Before any work: it cannot be tried out."""
+    stored = read_tensors(model)
+    folder = tmp_path / "strange"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((model / "config.json").read_bytes())
+    save_file(stored | {"x.weight": torch.ones(3, 3)}, folder / "model.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"x\.weight of .* cannot be tried out in LlamaFor"):
+        Trial(open_source(folder), held_out(text_of(tokens)), names=["x.weight"])
 
 
 @pytest.mark.parametrize("form", ["ba", "auto"])
@@ -119,7 +126,9 @@ def test_the_best_candidate_is_written_named_and_measured(
     loss = certificate.loss
     densify(tmp_path / "out", tmp_path / "dense")
     text = held_out(text_of(tokens))
-    dense, changed = (Trial(path, text, names=[]) for path in (model, tmp_path / "dense"))
+    dense, changed = (
+        Trial(open_source(path), text, names=[]) for path in (model, tmp_path / "dense")
+    )
 
     assert set(loss.candidates) == {"global", "floor", "uniform", "measured"}
     assert loss.allocation == min(loss.candidates, key=loss.candidates.__getitem__)

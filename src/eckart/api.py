@@ -248,7 +248,7 @@ def trial_of(
     if source.folder is None:
         raise UsageError(f"{printable(source.path)} is no model's folder: leave the text out.")
     return Trial(
-        source.folder,
+        source,
         held_out(found),
         names=targets.requests,
         device=device,

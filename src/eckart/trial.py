@@ -4,17 +4,18 @@ Knows the model and a text; must not know where the matrices come from.
 """
 
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eckart.checkpoint.paths import printable
+from eckart.checkpoint.source import Source
 from eckart.errors import CheckpointError, InputError
+from eckart.renaming import Place, places_of
 from eckart.texts import Text, check_vocabulary
 
 MOST = 32
@@ -57,7 +58,7 @@ class Trial:
 
     def __init__(
         self,
-        folder: Path,
+        source: Source,
         text: Text,
         *,
         names: Iterable[str],
@@ -65,18 +66,22 @@ class Trial:
         threads: int | None = None,
         allow_pickle: bool = False,
     ) -> None:
-        self.threads = threads or THREADS
         from eckart.hf import load_dense  # transformers, when it is needed
 
-        self.model: Any = load_dense(folder, allow_pickle=allow_pickle).to(device)
-        known: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
-        if strange := [name for name in names if name not in known]:
+        self.threads = threads or THREADS
+
+        self.model: Any = load_dense(source.path, allow_pickle=allow_pickle)
+        places, reasons = places_of(self.model, source, names)
+        if reasons:
+            name, why = next(iter(sorted(reasons.items())))
             raise CheckpointError(
-                f"{printable(strange[0])} of {printable(folder)} is no parameter of "
-                f"{type(self.model).__name__} by that name, so that it cannot be tried out: "
-                "compress without a text."
+                f"{printable(name)} of {printable(source.path)} cannot be tried out in "
+                f"{type(self.model).__name__} ({why}): compress without a text."
             )
-        self.own = {name: known[name] for name in names}
+        self.model.to(device)
+        state: dict[str, Tensor] = self.model.state_dict()
+        rows = {name: source.tensors[name].shape[0] for name in places}
+        self.own = {name: _piece(state, place, rows[name]) for name, place in places.items()}
         tokens = text.inputs["input_ids"].to(device)
         check_vocabulary(tokens, int(self.model.get_input_embeddings().weight.shape[0]))
         self.batches = tokens.split(8)
@@ -97,13 +102,13 @@ class Trial:
         before = dict[str, Tensor]()
         try:
             for name, tensor in changed:
-                before[name] = self.own[name].detach().clone()
-                self.own[name].data.copy_(tensor)
+                before[name] = self.own[name].clone()
+                self.own[name].copy_(tensor)
             with self._computing():
                 return self._outcome(self._logits(batch) for batch in self.batches)
         finally:
             for name, tensor in before.items():
-                self.own[name].data.copy_(tensor)
+                self.own[name].copy_(tensor)
 
     @contextmanager
     def _computing(self) -> Generator[None]:
@@ -128,3 +133,9 @@ class Trial:
         if not math.isfinite(loss):
             raise InputError("the model's logits are not finite on this text: check the model.")
         return Outcome(max(divergence, 0.0) / self.tokens, loss / self.tokens)
+
+
+def _piece(state: Mapping[str, Tensor], place: Place, rows: int) -> Tensor:
+    """The part of a parameter that one tensor of the checkpoint became, in the model's memory."""
+    whole = state[place.parameter]
+    return (whole if place.expert is None else whole[place.expert])[place.row : place.row + rows]
