@@ -24,8 +24,9 @@ MOST = 32
 LEAST = 10
 """Sequences of a text of which a tenth can be held out."""
 
-THREADS = 4
-"""Whatever the machine has: the same threads give the same bits, and so the same choice."""
+THREADS = ((2**24, 1), (2**28, 2))
+"""For a model of up to so many parameters; 4 for a larger one. Whatever the machine has: the same
+threads give the same bits, and so the same choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +69,8 @@ class Trial:
     ) -> None:
         from eckart.hf import load_dense  # transformers, when it is needed
 
-        self.threads = threads or THREADS
-
         self.model: Any = load_dense(source.path, allow_pickle=allow_pickle)
+        self.threads = threads or _threads_for(self.model.num_parameters())
         places, reasons = places_of(self.model, source, names)
         if reasons:
             name, why = next(iter(sorted(reasons.items())))
@@ -133,6 +133,10 @@ class Trial:
         if not math.isfinite(loss):
             raise InputError("the model's logits are not finite on this text: check the model.")
         return Outcome(max(divergence, 0.0) / self.tokens, loss / self.tokens)
+
+
+def _threads_for(parameters: int) -> int:
+    return next((threads for most, threads in THREADS if parameters <= most), 4)
 
 
 def _piece(state: Mapping[str, Tensor], place: Place, rows: int) -> Tensor:
