@@ -78,3 +78,14 @@ def test_a_small_rank_of_a_large_matrix_needs_no_exact_method():
     assert not is_exact((4096, 4096), FEW)
     assert is_exact((4096, 4096), ALL)
     assert is_exact((200, 200), FEW)
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (11008, 4096), (1024, 4096)])
+def test_in_a_metric_the_roots_come_before_the_svd_and_not_on_top_of_it(shape):
+    """It takes longer; the peak is that of the SVD, or of the roots beside three copies of W."""
+    (m, n), matrix = shape, Matrix(shape)
+    plain, weighted = (peak_bytes(matrix, ALL, 2, weighted=weighted) for weighted in (False, True))
+    roots = 2 * m * n + 28 * max(m, n) ** 2 + 8 * min(m, n) ** 2 + 3 * 8 * m * n
+
+    assert weighted == max(plain, roots)
+    assert seconds_for(matrix, ALL, 1, weighted=True) > seconds_for(matrix, ALL, 1)
