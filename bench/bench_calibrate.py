@@ -6,12 +6,13 @@ intermediate 2560: 99 M parameters in its linear layers), float32, and random to
 
 - forward and backward: logits, cross-entropy and the gradient of every parameter, as a step of
   training takes them, in batches of the size that calibrate takes;
-- SVDs alone: values and short-side vectors of every matrix in memory, as compress computes them;
-- calibrate with each kind of curvature: as the Python function is called, from a loaded package to
-  the published folder, loading and hashing the model included.
+- SVDs alone: values and short-side vectors of every matrix in memory, one on each core;
+- calibrate with each kind of curvature, and compress to 0.6 of the parameters with the statistics:
+  as the Python functions are called, from a loaded package to the published folder, loading,
+  hashing and measuring what was written included.
 
-Ratios are of calibrate + SVDs to forward and backward + SVDs, the median of the rounds. Results are
-appended to `bench/RESULTS.md`.
+Ratios are of calibrate + compress to forward and backward + SVDs, the median of the rounds. Results
+are appended to `bench/RESULTS.md`.
 """
 
 import argparse
@@ -19,7 +20,10 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from bench_svd import LEDGER, heading
 from safetensors.torch import save_file
+from threadpoolctl import threadpool_limits
 
+from eckart.api import compress
 from eckart.checkpoint.opening import open_source
 from eckart.execute import cores, keep_freed_memory
 from eckart.families import matrices
@@ -36,6 +42,7 @@ from eckart.statistics import calibrate
 
 LENGTH, VOCABULARY, HEAD = 256, 4096, 64
 KINDS = ("full", "diagonal", "none")
+KEEP = 0.6
 
 
 def write_model(folder: Path, hidden: int, wide: int, layers: int) -> int:
@@ -82,13 +89,22 @@ def passes(folder: Path, ids: torch.Tensor, sequences: int) -> Callable[[], None
 
 
 def svds(folder: Path) -> float:
-    """Returns the seconds of every matrix's SVD, reading not counted."""
-    source, total = open_source(folder), 0.0
-    found, _ = matrices(source)
-    for name in found:
-        W = source.load(name)
-        total += timed(lambda W=W, name=name: short_side_svd(W, name))
-    return total
+    """Returns the seconds of every matrix's SVD, one on each core at a time, without reading."""
+    source = open_source(folder)
+    loaded = {name: source.load(name) for name in matrices(source)[0]}
+    with one_thread(), ThreadPoolExecutor(cores()) as pool:
+        return timed(lambda: [*pool.map(short_side_svd, loaded.values(), loaded)])
+
+
+@contextmanager
+def one_thread() -> Generator[None]:
+    """One thread for each matrix, as compress has it for these shapes."""
+    with threadpool_limits(1):
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(cores())
 
 
 def main() -> None:
@@ -104,7 +120,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(cores())
     keep_freed_memory()
-    times: dict[str, list[float]] = {kind: [] for kind in ("passes", "svds", *KINDS)}
+    kinds = [*KINDS, *(f"compress {kind}" for kind in KINDS)]
+    times: dict[str, list[float]] = {kind: [] for kind in ("passes", "svds", *kinds)}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         model, out, tokens = Path(name) / "model", Path(name) / "S", Path(name) / "ids.safetensors"
         parameters = write_model(model, options.hidden, options.wide, options.layers)
@@ -116,7 +133,11 @@ def main() -> None:
                 start = time.perf_counter()
                 found = calibrate(model, out, tokens=tokens, curvature=kind)
                 times[kind].append(time.perf_counter() - start)
-                print(kind, f"{times[kind][-1]:.1f} s", flush=True)
+                small = partial(compress, model, Path(name) / "small", keep=KEEP, statistics=out)
+                times[f"compress {kind}"].append(timed(partial(small, force=True)))
+                print(
+                    kind, *(f"{times[k][-1]:.1f} s" for k in (kind, f"compress {kind}")), flush=True
+                )
             together = int(str(found.document.options["sequences"]))
             times["passes"].append(timed(passes(model, ids, together)))
             times["svds"].append(svds(model))
@@ -124,21 +145,24 @@ def main() -> None:
     middle = {kind: statistics.median(found) for kind, found in times.items()}
     ratios = {
         kind: statistics.median(
-            (c + d) / (p + d)
-            for c, p, d in zip(times[kind], times["passes"], times["svds"], strict=True)
+            (a + b) / (c + d)
+            for a, b, c, d in zip(
+                times[kind], times[f"compress {kind}"], times["passes"], times["svds"], strict=True
+            )
         )
         for kind in KINDS
     }
     lines = [
         heading(),
-        f"`calibrate`, {parameters / 1e6:.0f} M parameters in {7 * options.layers} matrices "
-        f"(hidden {options.hidden}, intermediate {options.wide}), {options.tokens} tokens; forward "
-        f"and backward alone {middle['passes']:.1f} s, SVDs alone {middle['svds']:.1f} s.\n",
-        "| curvature | calibrate, s | to forward and backward | **with the SVDs, to both alone** |",
-        "|---|---|---|---|",
+        f"`calibrate`, `compress --keep {KEEP} --statistics`; {parameters / 1e6:.0f} M parameters "
+        f"in {7 * options.layers} matrices (hidden {options.hidden}, intermediate {options.wide}), "
+        f"{options.tokens} tokens; forward and backward alone {middle['passes']:.1f} s, SVDs alone "
+        f"{middle['svds']:.1f} s.\n",
+        "| curvature | calibrate, s | to the passes | compress, s | **both, to both alone** |",
+        "|---|---|---|---|---|",
         *(
             f"| {kind} | {middle[kind]:.1f} | {middle[kind] / middle['passes']:.2f} "
-            f"| **{ratios[kind]:.2f}** |"
+            f"| {middle[f'compress {kind}']:.1f} | **{ratios[kind]:.2f}** |"
             for kind in KINDS
         ),
     ]

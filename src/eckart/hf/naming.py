@@ -55,6 +55,27 @@ def destinations(
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """What becomes of the tensors that one converter collects."""
+
+    groups: tuple[str, ...]  # its patterns, in the order in which it puts them together
+    steps: tuple[tuple[str, int | None], ...]  # its operations, by class and dimension
+
+
+def joinings(model: Any) -> dict[str, Joining]:
+    """Returns how the loader of a model joins tensors, by the group that collects them."""
+    converters = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightConverter)]
+    return {
+        group: Joining(
+            tuple(one.source_patterns),
+            tuple((type(step).__name__, step.__dict__.get("dim")) for step in one.operations),
+        )
+        for one in converters
+        for group in one.source_patterns
+    }
+
+
 def stored_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Returns what `save_pretrained` calls each of some tensors, by their name in the model."""
     return {name: next(iter(revert_weight_conversion(model, {name: _EMPTY}))) for name in names}
