@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F  # noqa: N812 as everybody calls it
 from bench_svd import LEDGER, heading
 from safetensors.torch import save_file
 from threadpoolctl import threadpool_limits

@@ -145,6 +145,50 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
 }
 
 
+def _phimoe() -> Any:
+    config = transformers.PhimoeConfig(
+        **DECODER, num_local_experts=4, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
+    return transformers.PhimoeForCausalLM(config)
+
+
+def _granite_moe() -> Any:
+    config = transformers.GraniteMoeConfig(**DECODER, num_local_experts=4)
+    return transformers.GraniteMoeForCausalLM(config)
+
+
+def _deepseek() -> Any:
+    config = transformers.DeepseekV3Config(
+        **{**DECODER, "num_key_value_heads": 4},
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+    )
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+def _neox() -> Any:
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(vocab_size=96, **ENCODER))
+
+
+ADAPTED: dict[str, Callable[[], Any]] = {
+    **ARCHITECTURES,
+    "phimoe": _phimoe,
+    "granite-moe": _granite_moe,
+    "deepseek": _deepseek,
+    "neox": _neox,
+}
+"""Those, and more whose files are held otherwise in memory: an adapter is for what is there."""
+
+
 def model_of(kind: str) -> Any:
     """A model of a family, in evaluation mode: every parameter random, biases and norms too."""
     with torch.random.fork_rng():

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eckart import cli
+from eckart import cli, verify
 from eckart.certificate import _digest
 from eckart.checkpoint.documents import canonical_json
 from eckart.checkpoint.opening import open_source
@@ -33,6 +33,7 @@ from eckart.checkpoint.statistics import (
     Text,
     write_statistics,
 )
+from eckart.errors import PromiseError
 from eckart.families import matrices
 from eckart.linalg.matrices import matrix_with_spectrum, named_generator
 
@@ -275,3 +276,19 @@ def in_a_process_killed_at(number: int, run: Callable[[], object]) -> bool:
             os._exit(0)
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status)
+
+
+def undetected(out: Path, step: int) -> list[tuple[str, int]]:
+    """The places, every so many bytes of every file, where a flipped bit passes `verify`."""
+    missed: list[tuple[str, int]] = []
+    for path in sorted(out.iterdir()):
+        content = path.read_bytes()
+        for place in range(0, len(content), step):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            try:
+                if all(check.held for check in verify(out)):
+                    missed.append((path.name, place))
+            except PromiseError:
+                pass
+        path.write_bytes(content)
+    return missed

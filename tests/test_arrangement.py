@@ -2,57 +2,19 @@
 
 import pytest
 import torch
+from architectures import ADAPTED
 from builders import write_checkpoint
 
 from eckart.arrangement import as_loaded, as_the_base, is_dequantized
 from eckart.checkpoint.opening import open_source
 from eckart.checkpoint.view import unseen
 
-transformers = pytest.importorskip("transformers")
 
-SMALL = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-LLAMA = {**SMALL, "num_key_value_heads": 2}
-IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
-
-def models():
-    """Families whose files differ from what is held in memory, and one whose do not."""
-    t = transformers
-    vision = {k: v for k, v in SMALL.items() if k != "vocab_size"} | {
-        "image_size": 16,
-        "patch_size": 8,
-    }
-    return {
-        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**LLAMA)),
-        "qwen3-moe": lambda: t.Qwen3MoeForCausalLM(
-            t.Qwen3MoeConfig(**LLAMA, moe_intermediate_size=24, num_experts=3, head_dim=8)
-        ),
-        "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**LLAMA, num_local_experts=3)),
-        "phimoe": lambda: t.PhimoeForCausalLM(t.PhimoeConfig(**LLAMA, num_local_experts=3, **IDS)),
-        "granite": lambda: t.GraniteMoeForCausalLM(
-            t.GraniteMoeConfig(**LLAMA, num_local_experts=3)
-        ),
-        "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**vision)),
-        "neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**SMALL)),
-        "llava": lambda: t.LlavaForConditionalGeneration(
-            t.LlavaConfig(
-                vision_config=t.CLIPVisionConfig(**vision), text_config=t.LlamaConfig(**LLAMA)
-            )
-        ),
-    }
-
-
-@pytest.mark.parametrize("kind", models())
+@pytest.mark.parametrize("kind", ADAPTED)
 def test_a_checkpoint_is_held_as_transformers_holds_it(kind, tmp_path):
     """Every tensor by the name it has in memory, and equal; the fingerprint is the file's."""
     torch.manual_seed(0)
-    model = models()[kind]()
+    model = ADAPTED[kind]()
     model.save_pretrained(tmp_path / "model")
     source = open_source(tmp_path / "model")
     view, held = as_loaded(source), model.state_dict()
@@ -117,7 +79,7 @@ def test_experts_that_do_not_fit_each_other_stay_as_they_are(spoil, tmp_path):
 def test_names_of_before_transformers_4_52_are_those_of_now(tmp_path):
     """A Llava checkpoint as it was stored then: the language model under `model.`, its head out."""
     torch.manual_seed(0)
-    model = models()["llava"]()
+    model = ADAPTED["llava"]()
     held = model.state_dict()
     old = {}
     for name, tensor in held.items():

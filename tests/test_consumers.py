@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import WEIGHTS, decaying, eckart, forge, read_document, vector
+from builders import WEIGHTS, decaying, eckart, forge, read_document, undetected, vector
 from safetensors.torch import load_file, save_file
 from test_merging import SIDES, products, with_tensors, write_adapter
 
@@ -18,7 +18,7 @@ from eckart import convert, extract, lint, merge, resize, verify
 from eckart.allocate import Item, Keep, RelativeError, Size, Terms, one_rank
 from eckart.certificate import Certificate
 from eckart.consumers import CONSUMERS, WORDS
-from eckart.errors import LossError, PromiseError, UsageError
+from eckart.errors import LossError, UsageError
 
 RANKS = {"layers.0.q": 6, "layers.0.up": 4, "layers.1.q": 1}
 UNIFORM = [name for name, one in CONSUMERS.items() if one.uniform]
@@ -649,16 +649,5 @@ def test_any_changed_byte_of_an_adapter_for_kohya_is_found(tmp_path):
     given = write_adapter(tmp_path / "given", {"layers.0.q": 4}, 1)
     out = tmp_path / "out"
     convert(given, out, consumer="kohya", component="unet")
-    missed: list[tuple[str, int]] = []
-    for path in sorted(out.iterdir()):
-        content = path.read_bytes()
-        for place in range(0, len(content), 7):
-            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-            try:
-                if all(check.held for check in verify(out)):
-                    missed.append((path.name, place))
-            except PromiseError:
-                pass
-        path.write_bytes(content)
 
-    assert missed == []
+    assert undetected(out, 7) == []

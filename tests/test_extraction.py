@@ -15,6 +15,7 @@ from builders import (
     read_document,
     small_tensors,
     snapshot,
+    undetected,
     vector,
     write_checkpoint,
 )
@@ -554,19 +555,8 @@ def test_any_changed_byte_of_an_adapter_is_found(simple, tmp_path):
     tuned, base = simple
     out = tmp_path / "out"
     extract(tuned, base, out, rank=1)
-    missed: list[tuple[str, int]] = []
-    for path in sorted(out.iterdir()):
-        content = path.read_bytes()
-        for place in range(0, len(content), 7):
-            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-            try:
-                if all(check.held for check in verify(out)):
-                    missed.append((path.name, place))
-            except PromiseError:
-                pass
-        path.write_bytes(content)
 
-    assert missed == []
+    assert undetected(out, 7) == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import ADAPTED
 from safetensors.torch import load_file, save_file
 
 from eckart import apply, convert, extract, verify
@@ -48,39 +49,8 @@ def small_model(kind: str):
         case "tied":
             config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)
             return transformers.LlamaForCausalLM(config)
-        case "qwen3-moe":
-            config = transformers.Qwen3MoeConfig(
-                **LLAMA, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, head_dim=8
-            )
-            return transformers.Qwen3MoeForCausalLM(config)
-        case "mixtral":
-            return transformers.MixtralForCausalLM(
-                transformers.MixtralConfig(**LLAMA, num_local_experts=4)
-            )
-        case "deepseek":
-            config = transformers.DeepseekV3Config(
-                **{**LLAMA, "num_key_value_heads": 4, "moe_intermediate_size": 24},
-                n_routed_experts=4,
-                n_group=2,
-                topk_group=1,
-                num_experts_per_tok=2,
-                first_k_dense_replace=1,
-                q_lora_rank=16,
-                kv_lora_rank=8,
-                qk_rope_head_dim=4,
-                qk_nope_head_dim=4,
-                v_head_dim=8,
-            )
-            return transformers.DeepseekV3ForCausalLM(config)
-        case "granite":
-            return transformers.GraniteMoeForCausalLM(
-                transformers.GraniteMoeConfig(**LLAMA, num_local_experts=4)
-            )
-        case "gpt-oss":
-            return transformers.GptOssForCausalLM(
-                transformers.GptOssConfig(**LLAMA, num_local_experts=4, head_dim=8)
-            )
-    raise AssertionError(kind)
+        case _:
+            return ADAPTED[kind]()
 
 
 def write_pair(kind: str, tmp_path: Path, changed: tuple[str, ...], rank: int = 2):
@@ -133,7 +103,7 @@ CASES = {
     "mixtral": (("proj", "gate.weight", "lm_head"), {}),
     "mixtral norms": (("down_proj", "norm"), {"store_whole": ["norms"]}),
     "deepseek": (("proj", "gate.weight"), {}),
-    "granite": (("proj", "router"), {}),
+    "granite-moe": (("proj", "router"), {}),
     "gpt-oss": (("_proj.weight", "experts.gate_up_proj", "experts.down_proj"), {}),
     "gpt2": (("c_attn", "c_proj", "c_fc"), {"store_whole": ["biases"]}),
     "gpt2 norms": (("c_attn", "ln_"), {"store_whole": ["biases", "norms"]}),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eckart.errors import InputError
 from eckart.execute import Progress, Silent
+from eckart.linalg.divergence import divergence_between
 from eckart.texts import Text, check_vocabulary, tokenize
 
 TOKENS = 4096
@@ -82,7 +83,7 @@ class _Sums:
             self.finite = False
             return
         q = logits.log_softmax(-1)
-        self.divergence += float((p.exp() * (p - q)).sum())
+        self.divergence += divergence_between(p, q)
         self.agreed += int((logits.argmax(-1) == reference.argmax(-1)).sum())
         self.squares += float(difference.square().sum())
         self.largest = max(self.largest, float(difference.abs().max()))

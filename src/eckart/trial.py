@@ -4,8 +4,7 @@ Knows the model and a text; must not know where the matrices come from.
 """
 
 import math
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,8 @@ from torch import Tensor
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
 from eckart.errors import CheckpointError, InputError
+from eckart.linalg.divergence import divergence_between
+from eckart.linalg.threads import computing_on
 from eckart.renaming import Place, places_of
 from eckart.texts import Text, check_vocabulary
 
@@ -85,7 +86,7 @@ class Trial:
         tokens = text.inputs["input_ids"].to(device)
         check_vocabulary(tokens, int(self.model.get_input_embeddings().weight.shape[0]))
         self.batches = tokens.split(8)
-        with self._computing():
+        with computing_on(self.threads), torch.no_grad():
             self.logits = [self._logits(batch) for batch in self.batches]
         self.dense = self._outcome(self.logits)
 
@@ -104,21 +105,11 @@ class Trial:
             for name, tensor in changed:
                 before[name] = self.own[name].clone()
                 self.own[name].copy_(tensor)
-            with self._computing():
+            with computing_on(self.threads), torch.no_grad():
                 return self._outcome(self._logits(batch) for batch in self.batches)
         finally:
             for name, tensor in before.items():
                 self.own[name].copy_(tensor)
-
-    @contextmanager
-    def _computing(self) -> Generator[None]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            torch.set_num_threads(before)
 
     def _logits(self, batch: Tensor) -> Tensor:
         return self.model(input_ids=batch, use_cache=False).logits[:, :-1].float()
@@ -127,7 +118,7 @@ class Trial:
         divergence = loss = 0.0
         for batch, theirs, ours in zip(self.batches, self.logits, logits, strict=True):
             log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
-            divergence += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+            divergence += divergence_between(log_p, log_q)
             picked = log_q.gather(-1, batch[:, 1:, None])
             loss -= float(picked.sum(dtype=torch.float64))
         if not math.isfinite(loss):

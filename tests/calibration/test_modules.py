@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F  # noqa: N812 as everybody calls it
 from torch import Tensor, nn
 
 from eckart.checkpoint.statistics import Statistics

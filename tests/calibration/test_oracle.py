@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F  # noqa: N812 as everybody calls it
 from torch import Tensor, nn
 
 pytest.importorskip("transformers")

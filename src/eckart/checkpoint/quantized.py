@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eckart.checkpoint.header import DTYPES, TensorInfo
-from eckart.checkpoint.source import Source
+from eckart.checkpoint.source import Derived, Source
 
 EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 SCALES = ("_scale_inv", "_scale")
@@ -33,24 +33,13 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Dequantized(Source):
+class Dequantized(Derived):
     """A source whose 8-bit tensors are read as float32 products of numbers and scales.
 
     Exact but for one float32 rounding. Scales are no tensors of their own here.
     """
 
-    of: Source = field(kw_only=True)
     scales: Mapping[str, Scale] = field(kw_only=True)
-
-    @property
-    def files(self) -> list[str]:
-        """Those of the source."""
-        return self.of.files
-
-    @property
-    def origin(self) -> Source:
-        """The source of what is stored."""
-        return self.of.origin
 
     def told(self, digests: Mapping[str, str]) -> dict[str, str]:
         """Returns the digests of what is stored as it is read."""

@@ -162,6 +162,23 @@ class Source(ABC):
 
 
 @dataclass(frozen=True)
+class Derived(Source):
+    """A source that reads the tensors of another in its own way."""
+
+    of: Source = field(kw_only=True)
+
+    @property
+    def files(self) -> list[str]:
+        """Those of the other."""
+        return self.of.files
+
+    @property
+    def origin(self) -> Source:
+        """The source of what is stored."""
+        return self.of.origin
+
+
+@dataclass(frozen=True)
 class Checkpoint(Source):
     """safetensors: one file, or the shards of a folder, read through pread and never mapped.
 

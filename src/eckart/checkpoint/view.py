@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eckart.checkpoint.header import TensorInfo
-from eckart.checkpoint.source import Source
+from eckart.checkpoint.source import Derived, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class View(Source):
+class View(Derived):
     """A source whose tensors are spans of another's, one after the other.
 
     Experts stored one by one as the stack that loaders make of them, q, k and v as one tensor, or
@@ -30,18 +30,7 @@ class View(Source):
     concatenation of bytes, so that reading any part of it reads that and no more.
     """
 
-    of: Source = field(kw_only=True)
     spans: Mapping[str, tuple[Span, ...]] = field(kw_only=True)
-
-    @property
-    def files(self) -> list[str]:
-        """Those of the source."""
-        return self.of.files
-
-    @property
-    def origin(self) -> Source:
-        """The source of what is stored."""
-        return self.of.origin
 
     def read(self, name: str, buffer: memoryview, offset: int) -> None:
         """Fills `buffer` from every span that it reaches into."""

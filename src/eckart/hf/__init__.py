@@ -7,7 +7,7 @@ needed.
 """
 
 try:
-    import transformers as _  # noqa: F401
+    import transformers as _  # noqa: F401 whether it is installed
 except ImportError as error:
     from eckart.errors import DependencyError
 
