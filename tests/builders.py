@@ -1,7 +1,6 @@
 """Tiny checkpoints in a temporary folder, and the command line run in this process."""
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -15,6 +14,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from blake3 import blake3
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -204,18 +204,18 @@ def read_document(folder: Path) -> dict[str, Any]:
 
 
 def forge(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes a certificate and makes its digest and its files' SHA-256 hold again."""
+    """Changes a certificate and makes its digest and its files' digests hold again."""
     document = read_document(folder)
     for name, record in document["files"].items():
         content = (folder / name).read_bytes()
-        record |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        record |= {"bytes": len(content), "blake3": blake3(content).hexdigest()}
     change(document)
     document["digest"] = _digest(document)
     (folder / "eckart.json").write_bytes(canonical_json(document) + b"\n")
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every path below a folder, with what it is and the SHA-256 of the files."""
+    """Every path below a folder, with what it is and the digest of the files."""
     return {str(path.relative_to(folder)): _state(path) for path in sorted(folder.rglob("*"))}
 
 
@@ -223,7 +223,7 @@ def _state(path: Path) -> str:
     if path.is_symlink():
         return f"link to {path.readlink()}"
     if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return blake3(path.read_bytes()).hexdigest()
     return "folder" if path.is_dir() else "special"
 
 

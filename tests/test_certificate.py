@@ -66,12 +66,12 @@ def test_the_digest_is_that_of_the_rest(out):
     assert digest == hashlib.sha256(canonical_json(document)).hexdigest()
 
 
-def test_every_file_but_the_certificate_is_listed_with_size_and_sha256(out):
+def test_every_file_but_the_certificate_is_listed_with_size_and_digest(out):
     """Recomputed here."""
     files = read_document(out)["files"]
     found = {name: state for name, state in snapshot(out).items() if name != "eckart.json"}
 
-    assert {name: record["sha256"] for name, record in files.items()} == found
+    assert {name: record["blake3"] for name, record in files.items()} == found
     assert all(record["bytes"] == (out / name).stat().st_size for name, record in files.items())
 
 

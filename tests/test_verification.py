@@ -224,7 +224,7 @@ LIES: dict[str, Change] = {
     ),
     "another kind": lambda d: d.update(kind="dense"),
     "a file outside": lambda d: d["files"].update(
-        {"../src/config.json": {"bytes": 1, "sha256": ""}}
+        {"../src/config.json": {"bytes": 1, "blake3": ""}}
     ),
     "another source": lambda d: d["source"].update(fingerprint="0" * 64),
 }
@@ -274,7 +274,7 @@ TAMPERINGS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
 
 @pytest.mark.parametrize("tampering", TAMPERINGS)
 def test_tampered_tensors_with_good_digests_are_found_against_the_source(tampering, pair):
-    """SHA-256 and digest are recomputed, so only the source can tell: and it does."""
+    """All digests are recomputed, so only the source can tell: and it does."""
     src, out = pair
     rewrite(out, TAMPERINGS[tampering])
 
@@ -351,7 +351,7 @@ def test_config_that_names_other_matrices_than_the_certificate_is_found(pair):
 
 
 def test_config_that_is_no_json_is_a_broken_promise(pair):
-    """With SHA-256 and digest recomputed it is still the output that is wrong: exit 6."""
+    """With all digests recomputed it is still the output that is wrong: exit 6."""
     _, out = pair
     (out / "config.json").write_text("{")
     forge(out, lambda document: None)

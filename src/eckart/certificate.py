@@ -34,7 +34,7 @@ class FileRecord(Document, frozen=True, forbid_unknown_fields=True, kw_only=True
     """One file of the output, other than the certificate itself."""
 
     bytes: int
-    sha256: str
+    blake3: str
 
 
 class SourceRecord(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):

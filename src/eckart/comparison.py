@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eckart.checkpoint.delta import Delta, delta_of
-from eckart.checkpoint.hashing import TensorHash, bytes_of
+from eckart.checkpoint.hashing import Hash, bytes_of
 from eckart.checkpoint.header import DTYPES
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source, same_bytes
@@ -56,7 +56,7 @@ class Comparer:
         ours, theirs = self.tuned.tensors[name], self.base.tensors[name]
         if {ours.dtype, theirs.dtype} - DTYPES.keys():
             return self._by_digest(name)
-        ours_seen, theirs_seen = TensorHash(), None
+        ours_seen, theirs_seen = Hash(), None
         missed, equal = 0.0, True
         for start in range(0, theirs.parameters, PIECE_ENTRIES):
             stop = min(start + PIECE_ENTRIES, theirs.parameters)

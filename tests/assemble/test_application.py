@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from blake3 import blake3
 from builders import snapshot
 from safetensors.torch import load_file, save_file
 
@@ -99,12 +100,9 @@ def test_the_output_does_not_depend_on_who_fills_it(tmp_path, monkeypatch):
     one = apply(adapter, base, tmp_path / "one", workers=1, shard_bytes=2000)
     monkeypatch.setattr(local, "SHORT_SECONDS", -1.0)
     two = apply(adapter, base, tmp_path / "two", workers=2, shard_bytes=2000)
-    sums = {
-        name: hashlib.sha256((tmp_path / "one" / name).read_bytes()).hexdigest()
-        for name in one.files
-    }
+    sums = {name: blake3((tmp_path / "one" / name).read_bytes()).hexdigest() for name in one.files}
 
-    assert {name: record.sha256 for name, record in one.files.items()} == sums
+    assert {name: record.blake3 for name, record in one.files.items()} == sums
     assert one.files == two.files
     assert one.source == two.source
     assert one.matrices == two.matrices

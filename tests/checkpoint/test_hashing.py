@@ -1,8 +1,11 @@
-"""The digest of a tensor is that of its bytes, by a published algorithm."""
+"""The digest of a tensor or a file is that of its bytes, by a published algorithm."""
 
+import pytest
 import torch
+from blake3 import blake3
 
-from eckart.checkpoint.hashing import TensorHash, bytes_of, digest_of
+from eckart.checkpoint.hashing import Hash, bytes_of, digest_of, file_digest
+from eckart.errors import CheckpointError
 
 
 def test_the_digest_is_blake3_of_the_bytes():
@@ -22,10 +25,20 @@ def test_the_order_of_a_tensor_in_memory_does_not_matter():
 def test_pieces_give_the_digest_of_the_whole():
     """What is read piece by piece is hashed as it comes, and a copy goes on by itself."""
     W = torch.randn(300, 7)
-    seen = TensorHash()
+    seen = Hash()
     seen.update(bytes_of(W[:100]))
     other = seen.copy()
     seen.update(bytes_of(W[100:]))
 
     assert seen.hexdigest() == digest_of(W)
     assert other.hexdigest() == digest_of(W[:100])
+
+
+def test_a_file_is_hashed_piece_by_piece(tmp_path):
+    """To the same digest as at once, and only a regular file."""
+    content = bytes(range(256)) * 2**15
+    (tmp_path / "x").write_bytes(content)
+
+    assert file_digest(tmp_path / "x") == blake3(content).hexdigest()
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        file_digest(tmp_path)

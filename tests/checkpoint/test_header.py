@@ -1,6 +1,5 @@
 """Headers and directories: what they claim is held against the file before memory is taken."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -17,7 +16,6 @@ from eckart.checkpoint.header import (
     TensorInfo,
     check_claims,
     check_tensor,
-    file_sha256,
     read_header,
 )
 from eckart.errors import CheckpointError
@@ -109,15 +107,6 @@ def test_a_folder_whose_name_is_no_text_is_read(tmp_path):
     path = write_raw(folder / "x", {"a": entry("F32", [1], 0, 4)}, bytes(4))
 
     assert list(read_header(path)) == ["a"]
-
-
-def test_the_digest_of_a_file_is_that_of_its_bytes(tmp_path):
-    """SHA-256, of regular files only."""
-    (tmp_path / "x").write_bytes(b"content")
-
-    assert file_sha256(tmp_path / "x") == hashlib.sha256(b"content").hexdigest()
-    with pytest.raises(CheckpointError, match="not a regular file"):
-        file_sha256(tmp_path)
 
 
 # What no tensor is.

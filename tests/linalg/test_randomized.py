@@ -386,7 +386,18 @@ def test_product_falls_back_without_onednn(monkeypatch):
 
 @pytest.mark.parametrize(
     ("rank", "width"),
-    [(1, 16), (8, 16), (9, 16), (10, 32), (16, 32), (64, 64), (65, 80), (128, 128)],
+    [
+        (1, 16),
+        (8, 16),
+        (10, 16),
+        (11, 32),
+        (16, 32),
+        (32, 32),
+        (33, 48),
+        (64, 64),
+        (65, 80),
+        (128, 128),
+    ],
 )
 def test_block_width(rank, width):
     """The rank and a few columns more, in multiples of 16, and never more than W has."""

@@ -17,7 +17,7 @@ from eckart.assemble.filling import BYTES_PER_SECOND, Copy, Filled
 from eckart.assemble.job import Job
 from eckart.assemble.placement import placed
 from eckart.certificate import Certificate, MatrixRecord, Row, SourceRecord, TiedRow, Totals
-from eckart.checkpoint.hashing import TensorHash, bytes_of, digest_of
+from eckart.checkpoint.hashing import Hash, bytes_of, digest_of
 from eckart.checkpoint.header import DTYPES, TensorInfo
 from eckart.checkpoint.opening import open_checkpoint
 from eckart.checkpoint.paths import printable, write_file
@@ -124,7 +124,7 @@ class Applier:
                     return self._add(order)
 
     def _copy(self, source: Source, name: str, stored: str) -> str:
-        seen, offset = TensorHash(), 0
+        seen, offset = Hash(), 0
         for piece in source.chunks(name):
             seen.update(bytes_of(piece))
             self.files.write(stored, piece, offset)
@@ -139,7 +139,7 @@ class Applier:
         return Filled(order.name, digest_of(bias))
 
     def _add(self, order: Add) -> Filled:
-        missed, total, offset, seen = 0.0, 0.0, 0, TensorHash()
+        missed, total, offset, seen = 0.0, 0.0, 0, Hash()
         what = f"the sum of {order.name} and the adapter's product"
         for sums in sums_of(self.base, self.adapter, order, self.sign):
             for rows, exact in sums:

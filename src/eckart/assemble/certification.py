@@ -28,7 +28,8 @@ from eckart.certificate import (
     TiedRow,
     Totals,
 )
-from eckart.checkpoint.header import TensorInfo, file_sha256
+from eckart.checkpoint.hashing import file_digest
+from eckart.checkpoint.header import TensorInfo
 from eckart.checkpoint.opening import open_checkpoint
 from eckart.checkpoint.paths import write_file
 from eckart.checkpoint.source import Source
@@ -102,7 +103,7 @@ def file_records(
     """Returns every file of a folder, by its path in it. Cost: hashes those that are not yet."""
     files = {str(path.relative_to(staged)): path for path in staged.rglob("*") if path.is_file()}
     return {
-        name: FileRecord(bytes=path.stat().st_size, sha256=hashed.get(name) or file_sha256(path))
+        name: FileRecord(bytes=path.stat().st_size, blake3=hashed.get(name) or file_digest(path))
         for name, path in sorted(files.items())
     }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eckart.assemble.measurement import Measured, bias_of, count, measure, tail
 from eckart.certificate import FactoredEntry, MatrixRecord
-from eckart.checkpoint.hashing import TensorHash, bytes_of
+from eckart.checkpoint.hashing import Hash, bytes_of
 from eckart.checkpoint.header import DTYPES, TensorInfo
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Checkpoint, Source
@@ -118,7 +118,7 @@ class Filler:
             return self._factor(order) if isinstance(order, Factor) else self._multiply(order)
 
     def _copy(self, order: Copy) -> Filled:
-        seen, offset = TensorHash(), 0
+        seen, offset = Hash(), 0
         for piece in self.stored.chunks(order.name):
             seen.update(bytes_of(piece))
             self.files.write(order.stored, piece, offset)
@@ -128,7 +128,7 @@ class Filler:
     def _factor(self, order: Factor) -> Filled:
         name, entry, known = order.name, order.entry, order.decomposition
         matrix, form = factored.matrix_of(entry), self.format
-        told, seen = self.source.known.get(name), TensorHash()
+        told, seen = self.source.known.get(name), Hash()
         together = matrix.is_stack and self.form is not None  # its B lies across the experts
         written = self._written(form.layout(name, entry, order.dtype))
         metrics = Metrics(self.statistics, name)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eckart.calibration.summing import Counts, Sums
 from eckart.checkpoint.documents import canonical_json, parse_json, read_json
-from eckart.checkpoint.hashing import TensorHash, digest_of
+from eckart.checkpoint.hashing import Hash, digest_of
 from eckart.checkpoint.header import read_header
 from eckart.checkpoint.journal import append_line, read_lines
 from eckart.checkpoint.paths import printable, storage_errors, sync, write_file
@@ -163,7 +163,7 @@ def _recover(folder: Path, document: Document) -> Work:
 
 def _digest(folder: Path, place: Place) -> str:
     """BLAKE3 of what stands in a place."""
-    found, left = TensorHash(), place.end - place.begin
+    found, left = Hash(), place.end - place.begin
     with (folder / place.file).open("rb") as stream:
         stream.seek(place.begin)
         while left and (piece := stream.read(min(left, 2**24))):

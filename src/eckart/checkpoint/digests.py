@@ -1,9 +1,8 @@
-"""SHA-256 of safetensors files while they are being filled, and their way to the disk meanwhile.
+"""Digests of safetensors files while they are being filled, and their way to the disk meanwhile.
 
 Knows which tensors are complete; must not know who fills them.
 """
 
-import hashlib
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -11,18 +10,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Condition
 from typing import Self
 
+from eckart.checkpoint.hashing import PIECE_BYTES, Hash
 from eckart.checkpoint.paths import open_regular, read_into
 from eckart.checkpoint.tensor_file import TensorFiles
-
-PIECE_BYTES = 2**22
-"""Read and hashed at once: it stays in the cache."""
 
 FLUSHED_BYTES = 2**28
 """So many bytes are handed to the disk at a time, while others are still being written."""
 
 
 class FileDigests:
-    """The SHA-256 of files, read back from their beginnings on as far as they are filled.
+    """The digests of files, read back from their beginnings on as far as they are filled.
 
     A context with two threads of this process, which mostly wait: one hashes; one has what is
     written begin its way to the disk, so that the sync at the end finds little to do. Leaving it
@@ -65,7 +62,7 @@ class FileDigests:
     def _hash(self) -> dict[str, str]:
         buffer, found = memoryview(bytearray(PIECE_BYTES)), dict[str, str]()
         for file in self._files.files:
-            path, seen, done = self._files.folder / file, hashlib.sha256(), 0
+            path, seen, done = self._files.folder / file, Hash(), 0
             descriptor = open_regular(path)
             try:
                 for end in self._ends(file):

@@ -1,6 +1,5 @@
 """Headers of safetensors files: what they hold, and where. Strict where the library is not."""
 
-import hashlib
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -91,13 +90,6 @@ def read_metadata(path: Path) -> dict[str, str]:
     found = parse_json(header, f"the header of {printable(path)}").get("__metadata__")
     texts = found if isinstance(found, dict) else {}
     return {str(key): value for key, value in texts.items() if isinstance(value, str)}
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a regular file's contents."""
-    descriptor = open_regular(path)
-    with os.fdopen(descriptor, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_tensor(name: str, shape: Sequence[int], path: Path) -> None:

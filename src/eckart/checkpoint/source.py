@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eckart.checkpoint.documents import canonical_json
-from eckart.checkpoint.hashing import TensorHash, bytes_of
+from eckart.checkpoint.hashing import Hash, bytes_of
 from eckart.checkpoint.header import DTYPES, TensorInfo
 from eckart.checkpoint.paths import open_regular, printable, read_into
 from eckart.errors import CheckpointError, DtypeError
@@ -115,7 +115,7 @@ class Source(ABC):
         """Returns the BLAKE3 of a tensor's bytes. Cost: reads it once, unless it is known."""
         if name in self.known:
             return self.known[name]
-        found = TensorHash()
+        found = Hash()
         for piece in self.chunks(name):
             found.update(bytes_of(piece))
         return found.hexdigest()

@@ -12,7 +12,7 @@ from eckart.cli import statistics_commands as statistics_commands
 from eckart.cli.commands import app
 from eckart.cli.output import log, say
 from eckart.errors import EckartError
-from eckart.execute import keep_freed_memory
+from eckart.execute import collect_rarely, keep_freed_memory
 
 
 def run() -> NoReturn:
@@ -22,6 +22,7 @@ def run() -> NoReturn:
     """
     code: object = 0
     keep_freed_memory()
+    collect_rarely()
     try:
         main()
     except SystemExit as stop:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from eckart.checkpoint.hashing import TensorHash, bytes_of
+from eckart.checkpoint.hashing import Hash, bytes_of
 from eckart.checkpoint.source import Source
 from eckart.checkpoint.statistics import Statistics
 from eckart.decompose.part import About, Decomposition, write_part
@@ -63,7 +63,7 @@ class Decomposer:
     def _decompose(
         self, name: str, matrix: Matrix, request: Request, part: Path
     ) -> Decomposition | Failure:
-        known, seen = self.source.known.get(name), TensorHash()
+        known, seen = self.source.known.get(name), Hash()
         found: list[_Found] = []
         for index in range(matrix.count):
             stored = self.source.load(name, index, index + 1 if matrix.is_stack else None)

@@ -3,6 +3,7 @@
 from eckart.execute.local import Task as Task
 from eckart.execute.local import Workers as Workers
 from eckart.execute.local import warm_up as warm_up
+from eckart.execute.machine import collect_rarely as collect_rarely
 from eckart.execute.machine import cores as cores
 from eckart.execute.machine import free_in_process as free_in_process
 from eckart.execute.machine import free_memory as free_memory

@@ -8,8 +8,9 @@ import atexit
 import os
 from importlib import import_module
 
-from eckart.execute.machine import keep_freed_memory
+from eckart.execute.machine import collect_rarely, keep_freed_memory
 
+collect_rarely()
 for name in ("torch", "eckart.assemble.filling", "eckart.execute.worker"):
     import_module(name)
 keep_freed_memory()

@@ -22,7 +22,7 @@ MAX_STEPS = 10
 
 OVERSAMPLING = 8
 """Columns more than the rank (Halko, Martinsson & Tropp, 2011, §1.3: five or ten), one less for
-each 8 of the rank: measured, wide blocks need none, their Krylov spaces are several times wider."""
+each 4 of the rank: measured, wide blocks need none, their Krylov spaces are several times wider."""
 
 WIDTH = 16
 """Blocks are multiples of this, which is what matrix kernels are made for."""
@@ -205,12 +205,12 @@ def rounding_energy(W: Tensor, energy: float) -> float:
 
 
 def block_width(rank: int, shape: tuple[int, ...]) -> int:
-    """Returns the columns of a block: rank + 8 − ⌊rank/8⌋, rounded up to a multiple of 16.
+    """Returns the columns of a block: rank + 8 − ⌊rank/4⌋, rounded up to a multiple of 16.
 
     Not fewer than the rank (Musco & Musco allow it): a space grown from b columns holds no more
     than b copies of a repeated singular value, and no stop rule would notice the missing ones.
     """
-    extra = max(0, OVERSAMPLING - rank // OVERSAMPLING)
+    extra = max(0, OVERSAMPLING - rank // 4)
     width = -(-(rank + extra) // WIDTH) * WIDTH
     return min(width, *shape)
 

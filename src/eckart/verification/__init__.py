@@ -76,7 +76,7 @@ def verify_output(
 ) -> list[Check]:
     """Returns the checks of an output folder; those that failed have `held` False.
 
-    Always: the certificate's own digest, the files (none missing, none added, sizes and SHA-256),
+    Always: the certificate's own digest, the files (none missing, none added, sizes and digests),
     that its claims agree with each other and with the tensors' names, shapes and finiteness, what
     is counted of the output, and that no error is reported below the optimum. With `against`, what
     it was made from: the fingerprint, that each tensor is accounted for, the relative error of

@@ -9,7 +9,7 @@ from pathlib import Path
 from eckart.assemble.certification import Accounts, count_totals, predicted_loss
 from eckart.certificate import Certificate, FactoredEntry, MatrixRecord
 from eckart.checkpoint.documents import canonical_json, read_json
-from eckart.checkpoint.header import file_sha256
+from eckart.checkpoint.hashing import file_digest
 from eckart.checkpoint.source import Source
 from eckart.checkpoint.writer import CERTIFICATE
 from eckart.errors import CheckpointError, EckartError
@@ -25,7 +25,7 @@ DENSE = "dense: "
 
 
 def check_files(out: Path, certificate: Certificate) -> Check:
-    """Every file is there, none was added, sizes and SHA-256 are as certified."""
+    """Every file is there, none was added, sizes and digests are as certified."""
     paths = (path for path in out.rglob("*") if path.is_symlink() or not path.is_dir())
     found = {str(path.relative_to(out)) for path in paths}
     expected = {*certificate.files, CERTIFICATE}
@@ -37,9 +37,9 @@ def check_files(out: Path, certificate: Certificate) -> Check:
             faults.append(f"{name} is not a regular file")
         elif (out / name).stat().st_size != record.bytes:
             faults.append(f"{name} has another size")
-        elif file_sha256(out / name) != record.sha256:
+        elif file_digest(out / name) != record.blake3:
             faults.append(f"{name} was changed")
-    return Check.of("files", faults, f"{len(expected)} files, every SHA-256 as certified")
+    return Check.of("files", faults, f"{len(expected)} files, every digest as certified")
 
 
 def check_claims(certificate: Certificate) -> Check:
