@@ -13,6 +13,7 @@ from eckart.certificate import (
     Certificate,
     Options,
 )
+from eckart.checkpoint.statistics import open_statistics
 from eckart.checkpoint.tensor_file import SHARD_BYTES
 from eckart.checkpoint.writer import check_output, check_space, new_output
 from eckart.compression import (
@@ -29,6 +30,7 @@ from eckart.extraction import (
     inspection_peaks,
     open_pair,
     signal_ranks,
+    statistics_beside,
     warn_of_losses,
     write_adapter,
 )
@@ -69,6 +71,7 @@ def extract(
     align: int = 1,
     consumer: str = "peft",
     component: str | None = None,
+    statistics: PathLike | None = None,
     store_whole: Sequence[str] = (),
     accept_loss: bool = False,
     include: Sequence[str] = (),
@@ -97,6 +100,14 @@ def extract(
     diffusers, kohya): what it cannot hold is lost for it, and where it takes one rank for all
     modules a budget gives them one. `component` says which model of a diffusion pipeline this is.
 
+    With `statistics` (a folder that `calibrate` wrote, of the tuned model) the error of each change
+    is weighed by the inputs that its layer sees and the loss that it costs, as in `compress`:
+    `energy` and `error` are shares in that metric, and a budget is spent where it saves most nats
+    per token, if every matrix has the curvature; if not, each change counts by its plain energy,
+    and the metric within it. Matrices that the statistics do not know are approximated in the
+    Frobenius norm, and the certificate names them. `rank="auto"` asks for what rounding hides,
+    in no metric; the factors of that rank are those of the metric.
+
     Cost: both models read twice, and an SVD of each matrix that differs. Peak memory: the largest
     matrix and its SVD, times the workers. Raises InputError (not a pair, nothing to extract), and
     what `compress` raises.
@@ -109,7 +120,9 @@ def extract(
     check_align(align)
     stored = stored_dtype(dtype)
     model, origin = open_pair(Path(tuned), Path(base), allow_pickle=allow_pickle)
-    inputs, target, named = [model.path, origin.path], Path(out), Path(work) if work else None
+    known = None if statistics is None else open_statistics(Path(statistics))
+    inputs = [model.path, origin.path, *([known.folder] if known else [])]
+    target, named = Path(out), Path(work) if work else None
     check_output(target, inputs=inputs, force=force)
     options: Options = {
         policy.name: policy.value,
@@ -140,7 +153,7 @@ def extract(
         if reader.components and fates.matrices:
             component = component_of(fates.matrices, component)
             options["component"] = component
-        delta = changes.delta()
+        delta, known = changes.delta(), statistics_beside(known, changes, fates)
         if not accept_loss:
             warn_of_losses(changes, fates, crew.watch)
         ranks: dict[str, SignalRank] = {}
@@ -157,11 +170,20 @@ def extract(
             dtype=stored,
             found=ranks,
             consumer=reader,
+            statistics=known,
         )
         crew.count = resources_for(targets, workers=workers, threads=threads)
         check_room(targets, target, named)
         with new_output(target, inputs=inputs, force=force) as run:
-            job = Job(delta, run.staged, seed, options, threads=threads, workers=crew.count)
+            job = Job(
+                delta,
+                run.staged,
+                seed,
+                options,
+                threads=threads,
+                workers=crew.count,
+                statistics=known,
+            )
             with work_folder(run, named, job, targets) as work_done:
                 decompose_all(work_done, targets, job, crew)
                 choices = select(work_done, targets, job, crew).choices

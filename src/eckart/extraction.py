@@ -3,7 +3,7 @@
 Knows the order of things; the stages between are those of a compression, over a difference.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from eckart.certificate import Certificate, FactoredEntry
 from eckart.checkpoint.delta import Delta
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
+from eckart.checkpoint.statistics import Statistics
 from eckart.comparison import Changes
+from eckart.compression import check_model
 from eckart.consumers import Consumer
 from eckart.decompose.request import on_threads
 from eckart.decompose.work import Work
@@ -28,8 +30,8 @@ from eckart.inspection import Inspector
 from eckart.linalg.matrices import named_generator
 from eckart.linalg.rounding import SignalRank, signal_rank
 from eckart.matrix import Matrix
-from eckart.pairing import alike, compare
-from eckart.planning import Targets, open_dense
+from eckart.pairing import alike, compare, weighed
+from eckart.planning import Targets, is_in_nats, nothing_known, open_dense, width_remarks
 
 
 def open_pair(tuned: Path, base: Path, *, allow_pickle: bool) -> tuple[Source, Source]:
@@ -59,8 +61,12 @@ def adapter_targets(
     dtype: str | None,
     found: Mapping[str, SignalRank],
     consumer: Consumer,
+    statistics: Statistics | None = None,
 ) -> Targets:
-    """Returns the matrices that differ, as a policy sees them; factors in the tuned dtype."""
+    """Returns the matrices that differ, as a policy sees them; factors in the tuned dtype.
+
+    In the metric of the `statistics`, which have these matrices' names, where they know them.
+    """
     tuned = changes.tuned.tensors
     dtypes = {
         name: dtype or (HALF if is_dequantized(name, changes.tuned) else tuned[name].dtype)
@@ -70,14 +76,33 @@ def adapter_targets(
         name: item_of(tuned[name], matrix, dtypes[name]) for name, matrix in fates.matrices.items()
     }
     items |= {name: replace(items[name], known_rank=one.rank) for name, one in found.items()}
+    in_nats = statistics is not None and is_in_nats(items, statistics)
+    if statistics is not None and not in_nats:
+        items = {name: replace(item, energy=changes.changed[name]) for name, item in items.items()}
     rest = sum(tuned[name].nbytes for name in fates.whole) + consumer.extra_bytes(len(items))
-    terms = Terms("ba", align, rest, additive=True)
+    terms = Terms("ba", align, rest, additive=True, in_nats=in_nats)
     policy.check(items, terms)
     policy = one_rank(policy, items, terms) if consumer.uniform else policy
     if policy.name == "rank":  # else only the spectra tell
         limits = {name: policy.limit(item, terms) for name, item in items.items()}
         check_largest(consumer, limits)
-    return Targets(delta, policy, terms, dtype, fates.matrices, items, {}, {}, dtypes)
+    return Targets(delta, policy, terms, dtype, fates.matrices, items, {}, {}, dtypes, statistics)
+
+
+def statistics_beside(
+    statistics: Statistics | None, changes: Changes, fates: Fates
+) -> Statistics | None:
+    """Returns statistics of the tuned model under the names of what differs.
+
+    CheckpointError where they are of another model, or of none of these matrices.
+    """
+    if statistics is None:
+        return None
+    check_model(statistics, changes.tuned, changes.fingerprints()[0])
+    found = weighed(statistics, changes.tuned, fates.matrices)
+    if fates.matrices and not found.names:
+        raise nothing_known(statistics)
+    return found
 
 
 def warn_of_losses(changes: Changes, fates: Fates, watch: Progress) -> None:
@@ -87,6 +112,9 @@ def warn_of_losses(changes: Changes, fates: Fates, watch: Progress) -> None:
     except LossError as error:
         watch.note(f"{error} The matrices are decomposed meanwhile, and kept.")
 
+
+SHOWN = 3
+"""Names in a remark: enough to see which kind they are."""
 
 HALF = "BF16"
 """Of the factors, where the tuned model is stored in 8-bit floats."""
@@ -195,9 +223,11 @@ def write_adapter(
         assembly,
         filled,
         matrices=fates.matrices,
+        decompositions=work.done,
         lost=fates.lost,
         remarks=[
             *remarks_of(changes, fates, assembly.entries),
+            *metric_remarks(targets),
             *_below_floor(found),
             *form_remarks(assembly.form, assembly.entries, job.options),
         ],
@@ -236,16 +266,43 @@ def remarks_of(changes: Changes, fates: Fates, entries: Mapping[str, FactoredEnt
     return remarks
 
 
+def metric_remarks(targets: Targets) -> list[str]:
+    """Returns what statistics leave in doubt, and what is approximated without any."""
+    statistics, policy = targets.statistics, targets.policy
+    if statistics is None:
+        return []
+    names = [name for name in targets.requests if targets.is_weighted(name)]
+    remarks = width_remarks(statistics, names)
+    unknown = {row.name: row.reason for row in statistics.document.left_out}
+    if unknown:
+        remarks.append(
+            f"{len(unknown)} of {len(targets.items)} matrices are approximated in the Frobenius "
+            f"norm: {_some(f'{printable(name)} ({why})' for name, why in unknown.items())}"
+        )
+    if policy.is_budget and not targets.terms.in_nats:
+        remarks.append(
+            "not every matrix has the loss's curvature, so that nothing tells what each costs in "
+            f"nats: --{policy.name} counts each change by its energy, as without statistics, and "
+            "the metric weighs only what lies within a matrix."
+        )
+    return remarks
+
+
+def _some(words: Iterable[str]) -> str:
+    """The first few of them."""
+    words = [*words]
+    return ", ".join(words[:SHOWN]) + (", …" if len(words) > SHOWN else "")
+
+
 def _below_floor(found: Mapping[str, SignalRank]) -> list[str]:
     """What rounding may hide, by name."""
     names = [name for name, one in found.items() if one.below_floor]
     if not names:
         return []
-    some = ", ".join(f"{printable(name)} (rank {found[name].rank})" for name in names[:3])
-    more = ", …" if len(names) > len(names[:3]) else ""
+    some = _some(f"{printable(name)} (rank {found[name].rank})" for name in names)
     return [
         f"{len(names)} of {len(found)} changes reach below the rounding floor, which may hide part "
-        f"of their rank: {some}{more}"
+        f"of their rank: {some}"
     ]
 
 

@@ -96,12 +96,17 @@ def certificate_table(certificate: Certificate, width: int) -> Group:
 def adapter_table(certificate: Certificate, width: int) -> Group:
     """Returns the rows of an adapter's certificate, what is whole or lost and why, and totals."""
     names = [row.name for row in certificate.matrices]
-    columns = ("shape", "rank", "of the change", "parameters", "error", "optimum")
-    shown = columns if width >= MIDDLE else columns[:5]
+    columns = ["shape", "rank", "of the change", "parameters", "error", "optimum"]
+    if certificate.statistics is not None:
+        columns[5:] = ["in the metric", "optimum"]
+    shown = columns if width >= MIDDLE else columns[:-1]
     table = _table(names, shown)
     for row, short in zip(certificate.matrices, _short(names), strict=True):
         shape, rank, _, parameters, error, optimum, _ = _record(row)
-        cells = (shape, rank, _share(row.energy_share), parameters, error, optimum)
+        weighted = "–" if row.metric_error is None else f"{row.metric_error:.3g}"
+        cells = [shape, rank, _share(row.energy_share), parameters, error, optimum]
+        if certificate.statistics is not None:
+            cells[5:] = [weighted, optimum]
         table.add_row(short, *cells[: len(shown)])
     lines = [table]
     lines += [*_apart("whole", certificate.stored_whole), *_apart("lost", certificate.lost)]
@@ -139,7 +144,7 @@ def _change(certificate: Certificate) -> Text:
             f"{1 - change.relative_error**2:.2%} of the change is carried: error "
             f"{change.relative_error:.3g} of ‖tuned − base‖, {change.lost:.2%} lost"
         )
-    return Text("\n".join(lines))
+    return Text("\n".join([*lines, *_loss(certificate.loss)]))
 
 
 def applied_table(certificate: Certificate) -> Group:

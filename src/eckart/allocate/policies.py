@@ -183,9 +183,10 @@ class Budget(RankPolicy):
 
     Keeping component i of a matrix is worth σᵢ²/2 nats per token where the metric has the loss's
     curvature, else mn·σᵢ²/‖W‖_F² (what a matrix loses counts in proportion to its size), and costs
-    its unit; *dense* is among the choices. What was added to a matrix is worth its energy, σᵢ²,
-    and *nothing* is among the choices. One Lagrange multiplier, bisected, then a greedy fill of
-    what is left. Never above the budget.
+    its unit; *dense* is among the choices. What was added to a matrix is worth its energy, σᵢ²
+    (in nats twice what it is worth), and *nothing* is among the choices; in metrics without the
+    curvature, σᵢ²/Σσ² of the change's plain energy. One Lagrange multiplier, bisected, then a
+    greedy fill of what is left. Never above the budget.
     """
 
     value: float

@@ -27,6 +27,7 @@ from eckart.cli.options import (
     Quiet,
     Seed,
     ShardSize,
+    StatisticsFolder,
     Threads,
     Workers,
     byte_count,
@@ -54,6 +55,7 @@ def extract(
     align: Align = 1,
     consumer: For = ConsumerOption.peft,
     component: Component = None,
+    statistics: StatisticsFolder = None,
     store_whole: Annotated[
         str, typer.Option(metavar="KINDS", help="Of norms,biases,embeddings: stored exactly.")
     ] = "",
@@ -97,6 +99,7 @@ def extract(
             align=align,
             consumer=consumer.value,
             component=component,
+            statistics=statistics,
             store_whole=[kind.strip() for kind in store_whole.split(",") if kind.strip()],
             accept_loss=accept_loss,
             include=include or (),
@@ -117,7 +120,9 @@ def extract(
     elif not quiet:
         print_table(adapter_table(certificate, console().width))
         say_all(certificate.remarks)
-        say(f"wrote {output}; prove it: eckart verify {output} --against {tuned} --base {base}")
+        given = f" --statistics {statistics}" if statistics else ""
+        proof = f"eckart verify {output} --against {tuned} --base {base}{given}"
+        say(f"wrote {output}; prove it: {proof}")
 
 
 @app.command()

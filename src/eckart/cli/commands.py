@@ -24,6 +24,7 @@ from eckart.cli.options import (
     Seed,
     ShardSize,
     Source,
+    StatisticsFolder,
     TextFile,
     Threads,
     TokensFile,
@@ -123,9 +124,7 @@ def compress(
         FormOption, typer.Option(help="How factors are stored; auto: less error, by budget.")
     ] = FormOption.ba,
     align: Align = 1,
-    statistics: Annotated[
-        Path | None, typer.Option("--statistics", metavar="S", help="What calibrate wrote.")
-    ] = None,
+    statistics: StatisticsFolder = None,
     text: TextFile = None,
     tokens: TokensFile = None,
     include: Include = None,

@@ -76,6 +76,9 @@ BatchFile = Annotated[
     typer.Option("--batch", metavar="FILE", help="Forward's arguments by name, as safetensors."),
 ]
 
+StatisticsFolder = Annotated[
+    Path | None, typer.Option("--statistics", metavar="S", help="What calibrate wrote.")
+]
 FactorDtype = Annotated[
     str | None, typer.Option("--dtype", help="Of the factors; default: as what they stand for.")
 ]
