@@ -26,7 +26,7 @@ from eckart.decompose.work import Work
 from eckart.errors import InputError, LossError, PromiseError
 from eckart.execute import Progress, Task, Workers
 from eckart.formats.forms import check_largest, form_remarks
-from eckart.inspection import Inspector
+from eckart.inspection import Inspector, evidence, together
 from eckart.linalg.matrices import named_generator
 from eckart.linalg.rounding import SignalRank, signal_rank
 from eckart.matrix import Matrix
@@ -129,8 +129,7 @@ class Ranker:
     seed: int
 
     def __call__(self, name: str, matrix: Matrix) -> SignalRank:
-        """Reads both; see `eckart.signal_rank` for cost and memory. Of a stack, the largest rank
-        counts, and each of its matrices may have some below the floor."""
+        """Reads both; see `eckart.signal_rank` for cost and memory, `together` for a stack."""
         found: list[SignalRank] = []
         for index in range(matrix.count):
             label = f"{name}[{index}]" if matrix.is_stack else name
@@ -138,8 +137,7 @@ class Ranker:
             generator = named_generator(self.seed, label)
             with on_threads(matrix.shape, None):
                 found.append(signal_rank(W, W0, generator=generator, name=label))
-        largest = max(found, key=lambda one: one.rank)
-        return replace(largest, below_floor=any(one.below_floor for one in found))
+        return together(found)
 
 
 def signal_ranks(
@@ -224,6 +222,7 @@ def write_adapter(
         filled,
         matrices=fates.matrices,
         decompositions=work.done,
+        evidence={name: evidence(one) for name, one in found.items()},
         lost=fates.lost,
         remarks=[
             *remarks_of(changes, fates, assembly.entries),

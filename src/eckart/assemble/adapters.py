@@ -29,6 +29,7 @@ from eckart.certificate import (
     TiedRow,
     Totals,
 )
+from eckart.certificate import Delta as DeltaRecord
 from eckart.checkpoint.delta import Delta
 from eckart.checkpoint.documents import indented_json
 from eckart.checkpoint.header import DTYPES, TensorInfo, read_header
@@ -132,6 +133,7 @@ def certify_adapter(
     *,
     matrices: Mapping[str, Matrix],
     decompositions: Mapping[str, Decomposition],
+    evidence: Mapping[str, DeltaRecord],
     lost: Mapping[str, str],
     remarks: Sequence[str] = (),
 ) -> Certificate:
@@ -145,7 +147,9 @@ def certify_adapter(
         kind = metric_kind(job.statistics, name)
         records.append(_dropped_in(kind, record, decompositions.get(name)))
     records = [
-        msgspec.structs.replace(record, energy_share=shares[record.name])
+        msgspec.structs.replace(
+            record, energy_share=shares[record.name], delta=evidence.get(record.name)
+        )
         for record in sorted(records, key=lambda record: record.name)
     ]
     tuned, base = changes.tuned, changes.base
