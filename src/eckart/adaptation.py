@@ -259,7 +259,7 @@ def resize(
     adapter: PathLike,
     out: PathLike,
     *,
-    rank: int | None = None,
+    rank: int | str | None = None,
     energy: float | None = None,
     error: float | None = None,
     keep: float | None = None,
@@ -275,10 +275,11 @@ def resize(
 ) -> Certificate:
     """Writes a LoRA adapter with other ranks: the best approximation of each B·A at its rank.
 
-    `keep` counts against the adapter's own parameters; `error=0` keeps all that is there. No base
-    is needed, and B·A is never formed: QR of both factors and the SVD of the small core, in
-    float64. What the scale was (lora_alpha, patterns, rsLoRA) is in the new factors, whose scale
-    is 1. See `merge`, of which this is the case of one.
+    `keep` counts against the adapter's own parameters; `error=0` keeps all that is there, and
+    `rank="auto"` all but what is rounding: see `eckart.linalg.rank.product_rank`. No base is
+    needed, and B·A is never formed: QR of both factors and the SVD of the small core, in float64.
+    What the scale was (lora_alpha, patterns, rsLoRA) is in the new factors, whose scale is 1. See
+    `merge`, of which this is the case of one.
     """
     return merge(
         [adapter],
@@ -304,7 +305,7 @@ def merge(
     out: PathLike,
     *,
     weights: Sequence[float] | None = None,
-    rank: int | None = None,
+    rank: int | str | None = None,
     energy: float | None = None,
     error: float | None = None,
     keep: float | None = None,
@@ -321,12 +322,13 @@ def merge(
     """Writes the weighted sum of LoRA adapters as one, and returns its certificate.
 
     The exact sum Σ wᵢ·sᵢ·BᵢAᵢ, then its best approximation at the rank that the policy chooses
-    (`error=0`: as many as it has). Different ranks, scales and targets are added as they are;
-    weights may be negative, and adapters in any form that `convert` reads. `consumer` is who must
-    be able to load the result; where all modules have one rank there, so does a budget. Cost: QR
-    of the stacked factors, and the SVD of a core of the summed rank, twice. Peak memory: the
-    factors of one module. Raises CheckpointError for an adapter that is not understood, or is for
-    another model, UsageError for what the consumer cannot hold.
+    (`rank="auto"`: the numerical rank of the sum, so that what adapters share is stored once).
+    Different ranks, scales and targets are added as they are; weights may be negative, and
+    adapters in any form that `convert` reads. `consumer` is who must be able to load the result;
+    where all modules have one rank there, so does a budget. Cost: QR of the stacked factors, and
+    the SVD of a core of the summed rank, twice. Peak memory: the factors of one module. Raises
+    CheckpointError for an adapter that is not understood, or is for another model, UsageError for
+    what the consumer cannot hold.
     """
     policy = policy_of(rank=rank, energy=energy, error=error, keep=keep, size=size)
     check_align(align)

@@ -5,11 +5,12 @@ Knows the order of things; what is computed of each tensor is in `assemble.recom
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from eckart.allocate import Choice, RankPolicy, Terms, one_rank
+from eckart.allocate import AutoRank, Choice, RankPolicy, Terms, one_rank
 from eckart.allocate.policies import Keep
 from eckart.assemble.filling import Filled
 from eckart.assemble.job import Job
 from eckart.assemble.recombination import (
+    RankOf,
     Recombiner,
     SpectrumOf,
     Sum,
@@ -67,10 +68,14 @@ def choose_ranks(
     """Returns the policy's ranks, from the singular values of the exact sums."""
     items = {name: one.item(dtype) for name, one in sums.items()}
     terms = Terms("ba", align, rest_bytes, additive=True)
+    tasks = [Task(name, (one,), one.seconds) for name, one in sums.items()]
+    policy.check(items, terms)
+    if isinstance(policy, AutoRank):
+        ranks = dict(workers.map(RankOf(), tasks, "finding ranks"))
+        return {name: Choice(rank) for name, rank in ranks.items()}
     policy = _against_given(policy, sums)
     if consumer.uniform:
         policy = one_rank(policy, items, terms)
-    tasks = [Task(name, (one,), one.seconds) for name, one in sums.items()]
     spectra = dict(workers.map(SpectrumOf(), tasks, "decomposing"))
     chosen = policy.choose(items, spectra, terms)
     return {
@@ -162,12 +167,15 @@ def _check_something_left(
 ) -> None:
     """No adapter is written that no loader takes, and no bias goes with its module."""
     if not any(choice.rank for choice in choices.values()):
-        raise UsageError("the budget leaves no module a rank: there would be no adapter. Raise it.")
+        raise UsageError(
+            "no module is left a rank, and so no adapter: the budget is too small for any, or the "
+            "adapters cancel each other. Raise it, or change the weights."
+        )
     for name, one in sums.items():
         if not choices[name].rank and one.bias_bytes(dtype):
             raise UsageError(
-                f"the budget leaves {printable(name)} rank 0, and the bias that the adapter adds "
-                "there would be lost: raise it."
+                f"{printable(name)} is left rank 0, and the bias that the adapter adds there would "
+                "be lost: raise the budget, or choose a rank."
             )
 
 

@@ -91,7 +91,7 @@ class FixedRank(RankPolicy):
 
 @dataclass(frozen=True, slots=True)
 class AutoRank(RankPolicy):
-    """Every matrix takes the rank that was found in it above rounding: `Item.known_rank`."""
+    """Every matrix takes the rank that was found in it, above rounding: `Item.known_rank`."""
 
     name: ClassVar[str] = "rank"
     value: str = "auto"
@@ -110,7 +110,12 @@ class AutoRank(RankPolicy):
         return BELOW_FLOOR
 
     def check(self, items: Mapping[str, Item], terms: Terms) -> None:
-        """Any sizes will do."""
+        """Any sizes will do, but the rank that is there is a multiple of 1 only."""
+        if terms.align > 1:
+            raise UsageError(
+                f"--rank auto takes the rank that is there, whatever it is a multiple of: leave "
+                f"--align {terms.align} out, or choose --rank R."
+            )
 
     def choose(
         self, items: Mapping[str, Item], spectra: Mapping[str, Spectrum], terms: Terms

@@ -38,6 +38,7 @@ from eckart.formats.forms import AdapterForm
 from eckart.formats.pipelines import entry_of
 from eckart.linalg.arrays import check_finite
 from eckart.linalg.factors import Factors, product_energy, product_spectrum, recompress, split
+from eckart.linalg.rank import product_rank
 from eckart.linalg.residual import rounded_up
 from eckart.linalg.spectrum import Spectrum
 
@@ -163,6 +164,18 @@ class SpectrumOf:
         with on_threads(one.shape, self.threads):
             found = [product_spectrum(one.factors(i), one.name) for i in range(one.count)]
         return together(found)
+
+
+@dataclass(frozen=True, slots=True)
+class RankOf:
+    """Finds the numerical rank of one sum."""
+
+    threads: int | None = None
+
+    def __call__(self, one: Sum) -> int:
+        """Of experts, which share a rank, the largest. Cost: that of `SpectrumOf`."""
+        with on_threads(one.shape, self.threads):
+            return max(product_rank(one.factors(i), one.name) for i in range(one.count))
 
 
 def together(spectra: Sequence[Spectrum]) -> Spectrum:

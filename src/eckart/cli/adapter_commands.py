@@ -43,9 +43,7 @@ def extract(
     tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The fine-tuned checkpoint.")],
     base: Annotated[Path, typer.Option("--base", metavar="BASE", help="What it was tuned from.")],
     output: Out,
-    rank: Annotated[
-        str | None, typer.Option(metavar="R|auto", help="The same for all, or as each change has.")
-    ] = None,
+    rank: AdapterRank = None,
     energy: AdapterEnergy = None,
     error: AdapterError = None,
     keep: Annotated[
@@ -148,7 +146,13 @@ def resize(
 ) -> None:
     """Another rank for a LoRA adapter. One of --rank, --energy, --error, --keep, --size."""
     warm_up(workers)
-    policy = {"rank": rank, "energy": energy, "error": error, "keep": keep, "size": size}
+    policy = {
+        "rank": rank_of(rank),
+        "energy": energy,
+        "error": error,
+        "keep": keep,
+        "size": size,
+    }
     settings = {
         "align": align,
         "consumer": consumer.value,
@@ -187,7 +191,13 @@ def merge(
 ) -> None:
     """The weighted sum of LoRA adapters as one. --error 0 is exact, up to rounding."""
     warm_up(workers)
-    policy = {"rank": rank, "energy": energy, "error": error, "keep": keep, "size": size}
+    policy = {
+        "rank": rank_of(rank),
+        "energy": energy,
+        "error": error,
+        "keep": keep,
+        "size": size,
+    }
     settings = {
         "align": align,
         "consumer": consumer.value,
