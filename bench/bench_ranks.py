@@ -12,8 +12,8 @@ Every pair goes through the public `extract`, and ranks are read from the certif
 - the product that was written must be within the rounding noise: ‖BA − found‖_F at most
   ‖tuned − (base + BA)‖_F, what rounding took from the change.
 
-A table row is one shape, rank and multiple, over all seeds. Results are appended to
-`bench/RESULTS.md`; the exit code is 1 where a rank at 2τ or more is not exact.
+Results are appended to `bench/RESULTS.md`; the exit code is 1 where a rank at 2τ or more is not
+exact.
 """
 
 import argparse
@@ -171,24 +171,27 @@ def study(
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    """Returns the rows: one for each shape, rank and multiple."""
-    rows: dict[tuple[str, tuple[int, int], int, float], list[Result]] = {}
+    """Returns the rows: one for each base, shape and multiple, with a column for each rank."""
+    rows: dict[tuple[str, tuple[int, int], float], list[Result]] = {}
     for one in results:
-        case = one.case
-        rows.setdefault((case.base, case.shape, case.rank, case.multiple), []).append(one)
-    lines = [
-        "| base | shape | r | τ | σ_r/τ | rank found | below the floor | error / rounding |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (base, (m, n), rank, multiple), found in rows.items():
-        ranks = ", ".join(str(one.found) for one in found)
-        below = ", ".join("yes" if one.is_below else "no" for one in found)
-        mark, tau = "" if all(one.holds for one in found) else " ✗", found[0].threshold
-        lines.append(
-            f"| {base} | {m}×{n} | {rank} | {tau:.3g} | {multiple:g} | {ranks}{mark} | "
-            f"{below} | {max(one.error for one in found):.2f} |"
-        )
+        rows.setdefault((one.case.base, one.case.shape, one.case.multiple), []).append(one)
+    ranks = " | ".join(f"r = {rank}" for rank in RANKS)
+    lines = [f"| base | shape | τ | σ_r/τ | {ranks} |", "|---" * (4 + len(RANKS)) + "|"]
+    for (base, (m, n), multiple), found in sorted(rows.items(), key=lambda row: row[0][1]):
+        cells = " | ".join(cell([one for one in found if one.case.rank == r]) for r in RANKS)
+        tau = sum(one.threshold for one in found) / len(found)
+        lines.append(f"| {base} | {m}×{n} | {tau:.3g} | {multiple:g} | {cells} |")
     return lines
+
+
+def cell(found: Sequence[Result]) -> str:
+    """Returns the ranks found, a mark where one is wrong, and the largest error.
+
+    A rank of a change that is named as below the floor stands in parentheses.
+    """
+    ranks = ", ".join(f"({one.found})" if one.is_below else str(one.found) for one in found)
+    mark = "" if all(one.holds for one in found) else " ✗"
+    return f"{ranks}{mark}; {max(one.error for one in found):.2f}"
 
 
 def main() -> None:
@@ -207,14 +210,16 @@ def main() -> None:
     exact = sum(one.holds for one in promised)
     lower = [one for one in results if one.case.multiple <= BELOW]
     lines += [
-        "`extract --rank auto` of bases in bfloat16 with a merged LoRA of rank r.\n",
+        "`extract --rank auto` of bases in bfloat16 with a merged LoRA of rank r: the rank found, "
+        "for each seed, in parentheses where it is named as below the floor; and the largest error "
+        "of the product, in units of what rounding took.\n",
         *table(results),
         "",
         f"- at σ_r ≥ 2τ the rank is exact, and not below the floor, in **{exact} of "
         f"{len(promised)}**; at τ/2 {sum(one.is_below for one in lower)} of {len(lower)} are named "
         "as below the floor",
-        f"- largest error of a product in units of what rounding took: "
-        f"{max(one.error for one in promised):.3f}; {time.monotonic() - began:.0f} s in all",
+        f"- from 2τ on, the largest error is {max(one.error for one in promised):.3f}; "
+        f"{time.monotonic() - began:.0f} s in all",
     ]
     print("\n".join(lines))
     if not options.dry:
