@@ -5,14 +5,14 @@ Knows the order of things; the stages between are those of a compression, over a
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from eckart.accounting import Fates, check_losses
-from eckart.allocate import BELOW_FLOOR, Choice, RankPolicy, Terms, one_rank, paying_rank
+from eckart.allocate import BELOW_FLOOR, Choice, Terms, one_rank, paying_rank
 from eckart.arrangement import is_dequantized
 from eckart.assemble.adapters import adapter_assembly, certify_adapter
 from eckart.assemble.job import Job
 from eckart.assemble.measurement import item_of
+from eckart.brief import Brief
 from eckart.certificate import Certificate, FactoredEntry
 from eckart.checkpoint.delta import Delta
 from eckart.checkpoint.paths import printable
@@ -30,14 +30,8 @@ from eckart.inspection import Inspector, evidence, together
 from eckart.linalg.matrices import named_generator
 from eckart.linalg.rounding import SignalRank, signal_rank
 from eckart.matrix import Matrix
-from eckart.pairing import alike, compare, weighed
-from eckart.planning import Targets, is_in_nats, nothing_known, open_dense, width_remarks
-
-
-def open_pair(tuned: Path, base: Path, *, allow_pickle: bool) -> tuple[Source, Source]:
-    """Returns a model and its base; InputError where headers show that they are not a pair."""
-    ours, theirs = (open_dense(path, allow_pickle=allow_pickle) for path in (tuned, base))
-    return alike(ours, theirs)
+from eckart.pairing import compare, weighed
+from eckart.planning import Targets, is_in_nats, nothing_known, width_remarks
 
 
 def compare_all(tuned: Source, base: Source, workers: Workers) -> Changes:
@@ -52,22 +46,20 @@ def compare_all(tuned: Source, base: Source, workers: Workers) -> Changes:
 
 
 def adapter_targets(
+    brief: Brief,
     changes: Changes,
     fates: Fates,
     delta: Delta,
-    policy: RankPolicy,
     *,
-    align: int,
-    dtype: str | None,
-    found: Mapping[str, SignalRank],
-    consumer: Consumer,
+    ranks: Mapping[str, int],
     statistics: Statistics | None = None,
 ) -> Targets:
     """Returns the matrices that differ, as a policy sees them; factors in the tuned dtype.
 
     In the metric of the `statistics`, which have these matrices' names, where they know them.
+    `ranks` are those that were found in them.
     """
-    tuned = changes.tuned.tensors
+    tuned, dtype, consumer = changes.tuned.tensors, brief.dtype, brief.consumer
     dtypes = {
         name: dtype or (HALF if is_dequantized(name, changes.tuned) else tuned[name].dtype)
         for name in fates.matrices
@@ -75,18 +67,28 @@ def adapter_targets(
     items = {
         name: item_of(tuned[name], matrix, dtypes[name]) for name, matrix in fates.matrices.items()
     }
-    items |= {name: replace(items[name], known_rank=one.rank) for name, one in found.items()}
+    items |= {name: replace(items[name], known_rank=rank) for name, rank in ranks.items()}
     in_nats = statistics is not None and is_in_nats(items, statistics)
     if statistics is not None and not in_nats:
         items = {name: replace(item, energy=changes.changed[name]) for name, item in items.items()}
     rest = sum(tuned[name].nbytes for name in fates.whole) + consumer.extra_bytes(len(items))
-    terms = Terms("ba", align, rest, additive=True, in_nats=in_nats)
-    policy.check(items, terms)
-    policy = one_rank(policy, items, terms) if consumer.uniform else policy
-    if policy.name == "rank":  # else only the spectra tell
-        limits = {name: policy.limit(item, terms) for name, item in items.items()}
-        check_largest(consumer, limits)
-    return Targets(delta, policy, terms, dtype, fates.matrices, items, {}, {}, dtypes, statistics)
+    terms = Terms("ba", brief.align, rest, additive=True, in_nats=in_nats)
+    brief.policy.check(items, terms)
+    matrices = fates.matrices
+    return Targets(delta, brief.policy, terms, dtype, matrices, items, {}, {}, dtypes, statistics)
+
+
+def for_consumer(targets: Targets, consumer: Consumer) -> Targets:
+    """Returns the targets with the one rank that a budget allows where a consumer takes no more.
+
+    UsageError where a rank is above what it takes.
+    """
+    if consumer.uniform:
+        policy = one_rank(targets.policy, targets.items, targets.terms)
+        targets = replace(targets, policy=policy)
+    if targets.policy.name == "rank":  # else only the spectra tell
+        check_largest(consumer, {name: one.rank for name, one in targets.requests.items()})
+    return targets
 
 
 def statistics_beside(
@@ -99,6 +101,11 @@ def statistics_beside(
     if statistics is None:
         return None
     check_model(statistics, changes.tuned, changes.fingerprints()[0])
+    return known_beside(statistics, changes, fates)
+
+
+def known_beside(statistics: Statistics, changes: Changes, fates: Fates) -> Statistics:
+    """Returns the same of whatever model they are of: as far as headers tell."""
     found = weighed(statistics, changes.tuned, fates.matrices)
     if fates.matrices and not found.names:
         raise nothing_known(statistics)
@@ -174,8 +181,7 @@ def write_adapter(
     fates: Fates,
     found: Mapping[str, SignalRank],
     accept_loss: bool,
-    consumer: Consumer,
-    component: str | None,
+    brief: Brief,
 ) -> Certificate:
     """Refuses what would be lost, else writes the adapter, measures it, and certifies it."""
     choices = {  # nothing above rounding is nothing lost: a rank of 0, with its error
@@ -196,9 +202,10 @@ def write_adapter(
     if not any(choice.rank for choice in choices.values()):
         raise InputError(
             f"no matrix of {printable(changes.tuned.path)} differs in a way that a LoRA holds, and "
-            f"{consumer.title} loads no adapter without one: copy the tensors that changed instead."
+            f"{brief.consumer.title} loads no adapter without one: copy the tensors that changed "
+            "instead."
         )
-    check_largest(consumer, {name: choice.rank or 0 for name, choice in choices.items()})
+    check_largest(brief.consumer, {name: choice.rank or 0 for name, choice in choices.items()})
     assembly = adapter_assembly(
         delta,
         fates.matrices,
@@ -206,8 +213,8 @@ def write_adapter(
         work.done,
         targets.dtypes,
         whole=fates.whole,
-        consumer=consumer,
-        component=component,
+        consumer=brief.consumer,
+        component=brief.component,
     )
     filler, files = assembly.begin(job)
     tasks = [Task(name, (order,), order.seconds) for name, order in assembly.orders.items()]

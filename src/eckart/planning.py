@@ -173,7 +173,12 @@ def inputs_of(targets: Targets) -> list[Path]:
 
 def resources_for(targets: Targets, *, workers: int | None, threads: int | None) -> int:
     """Returns how many workers decompose, so that each has its threads and its memory."""
-    peaks = {
+    return spread(peaks_of(targets), targets.matrices, workers=workers, threads=threads)
+
+
+def peaks_of(targets: Targets) -> dict[str, int]:
+    """Returns the most memory that decomposing each matrix may take."""
+    return {
         name: peak_bytes(
             targets.matrices[name],
             request,
@@ -182,7 +187,6 @@ def resources_for(targets: Targets, *, workers: int | None, threads: int | None)
         )
         for name, request in targets.requests.items()
     }
-    return spread(peaks, targets.matrices, workers=workers, threads=threads)
 
 
 def spread(

@@ -70,7 +70,12 @@ class Sum:
     @property
     def rank(self) -> int:
         """At most."""
-        return min(sum(one.part.rank for one in self.summands), *self.shape)
+        return min(self.given, *self.shape)
+
+    @property
+    def given(self) -> int:
+        """The rank of all factors side by side."""
+        return sum(one.part.rank for one in self.summands)
 
     @property
     def count(self) -> int:
@@ -80,7 +85,7 @@ class Sum:
     @property
     def parameters(self) -> int:
         """Of the factors that are given."""
-        return self.count * sum(one.part.rank for one in self.summands) * sum(self.shape)
+        return self.count * self.given * sum(self.shape)
 
     @property
     def seconds(self) -> float:

@@ -17,6 +17,7 @@ from eckart.cli.options import (
     Component,
     ConsumerOption,
     Device,
+    DryRun,
     Exclude,
     FactorDtype,
     For,
@@ -74,43 +75,50 @@ def extract(
         bool, typer.Option("--keep-work", help="Keep OUT.eckart-work for another budget.")
     ] = False,
     allow_pickle: AllowPickle = False,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     force: Force = False,
 ) -> None:
     """Tuned − base → a LoRA adapter. One of --rank, --energy, --error, --keep, --size."""
-    warm_up(workers)
-    from eckart import adaptation
+    warm_up(1 if dry_run else workers)
+    from eckart import adaptation, adapter_plans
     from eckart.screen import adapter_table
 
-    size_bytes = None if size is None else byte_count(size, "--size")
+    asked: dict[str, Any] = {
+        "rank": rank_of(rank),
+        "energy": energy,
+        "error": error,
+        "keep": keep,
+        "size": None if size is None else byte_count(size, "--size"),
+        "align": align,
+        "consumer": consumer.value,
+        "component": component,
+        "statistics": statistics,
+        "store_whole": [kind.strip() for kind in store_whole.split(",") if kind.strip()],
+        "include": include or (),
+        "exclude": exclude or (),
+        "dtype": dtype,
+        "device": device,
+        "workers": workers,
+        "threads": threads,
+        "allow_pickle": allow_pickle,
+        "force": force,
+    }
+    if dry_run:
+        plan = adapter_plans.plan_extraction(tuned, base, output, **asked)
+        _show_plan(plan, json=json, quiet=quiet)
+        return
     with watching(quiet=quiet or json) as progress:
         certificate = adaptation.extract(
             tuned,
             base,
             output,
-            rank=rank_of(rank),
-            energy=energy,
-            error=error,
-            keep=keep,
-            size=size_bytes,
-            align=align,
-            consumer=consumer.value,
-            component=component,
-            statistics=statistics,
-            store_whole=[kind.strip() for kind in store_whole.split(",") if kind.strip()],
+            **asked,
             accept_loss=accept_loss,
-            include=include or (),
-            exclude=exclude or (),
-            dtype=dtype,
             seed=seed,
-            device=device,
-            workers=workers,
-            threads=threads,
             work=work,
             keep_work=keep_work,
-            allow_pickle=allow_pickle,
-            force=force,
             progress=progress,
         )
     if json:
@@ -140,12 +148,13 @@ def resize(
     dtype: FactorDtype = None,
     workers: Workers = None,
     threads: Threads = None,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     force: Force = False,
 ) -> None:
     """Another rank for a LoRA adapter. One of --rank, --energy, --error, --keep, --size."""
-    warm_up(workers)
+    warm_up(1 if dry_run else workers)
     policy = {
         "rank": rank_of(rank),
         "energy": energy,
@@ -153,16 +162,15 @@ def resize(
         "keep": keep,
         "size": size,
     }
-    settings = {
+    settings: dict[str, Any] = {
         "align": align,
         "consumer": consumer.value,
         "component": component,
         "dtype": dtype,
-        "workers": workers,
-        "threads": threads,
         "force": force,
     }
-    _merge([adapter], output, None, policy, settings, json=json, quiet=quiet)
+    run: dict[str, Any] = {"workers": workers, "threads": threads}
+    _merge([adapter], output, policy | settings, run, dry_run=dry_run, json=json, quiet=quiet)
 
 
 @app.command()
@@ -185,12 +193,13 @@ def merge(
     dtype: FactorDtype = None,
     workers: Workers = None,
     threads: Threads = None,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     force: Force = False,
 ) -> None:
-    """The weighted sum of LoRA adapters as one. --error 0 is exact, up to rounding."""
-    warm_up(workers)
+    """The weighted sum of LoRA adapters as one. --rank auto is exact, up to rounding."""
+    warm_up(1 if dry_run else workers)
     policy = {
         "rank": rank_of(rank),
         "energy": energy,
@@ -198,39 +207,39 @@ def merge(
         "keep": keep,
         "size": size,
     }
-    settings = {
+    settings: dict[str, Any] = {
         "align": align,
         "consumer": consumer.value,
         "component": component,
         "dtype": dtype,
-        "workers": workers,
-        "threads": threads,
         "force": force,
     }
-    _merge(
-        adapters, output, numbers(weights, "--weights"), policy, settings, json=json, quiet=quiet
-    )
+    run: dict[str, Any] = {"workers": workers, "threads": threads}
+    settings |= {"weights": numbers(weights, "--weights")}
+    _merge(adapters, output, policy | settings, run, dry_run=dry_run, json=json, quiet=quiet)
 
 
 def _merge(
     adapters: Sequence[Path],
     output: Path,
-    weights: Sequence[float] | None,
-    policy: dict[str, Any],
-    settings: dict[str, Any],
+    asked: dict[str, Any],
+    run: dict[str, Any],
     *,
+    dry_run: bool,
     json: bool,
     quiet: bool,
 ) -> None:
-    from eckart import adaptation
+    from eckart import adaptation, adapter_plans
     from eckart.screen import merged_table
 
-    if (size := policy["size"]) is not None:
-        policy["size"] = byte_count(size, "--size")
+    if (size := asked["size"]) is not None:
+        asked["size"] = byte_count(size, "--size")
+    if dry_run:
+        plan = adapter_plans.plan_merge(adapters, output, **asked, **run)
+        _show_plan(plan, json=json, quiet=quiet)
+        return
     with watching(quiet=quiet or json) as progress:
-        certificate = adaptation.merge(
-            adapters, output, weights=weights, **policy, **settings, progress=progress
-        )
+        certificate = adaptation.merge(adapters, output, **asked, **run, progress=progress)
     if json:
         print_json(certificate.document())
     elif not quiet:
@@ -253,28 +262,31 @@ def convert(
     dtype: FactorDtype = None,
     workers: Workers = None,
     threads: Threads = None,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     force: Force = False,
 ) -> None:
     """A LoRA adapter in the form that another loader takes: exact, without an SVD."""
-    warm_up(workers)
-    from eckart import conversion
+    warm_up(1 if dry_run else workers)
+    from eckart import adapter_plans, conversion
     from eckart.screen import merged_table
 
+    asked: dict[str, Any] = {
+        "consumer": consumer.value,
+        "component": component,
+        "base": base,
+        "dtype": dtype,
+        "workers": workers,
+        "threads": threads,
+        "force": force,
+    }
+    if dry_run:
+        plan = adapter_plans.plan_conversion(adapter, output, **asked)
+        _show_plan(plan, json=json, quiet=quiet)
+        return
     with watching(quiet=quiet or json) as progress:
-        certificate = conversion.convert(
-            adapter,
-            output,
-            consumer=consumer.value,
-            component=component,
-            base=base,
-            dtype=dtype,
-            workers=workers,
-            threads=threads,
-            force=force,
-            progress=progress,
-        )
+        certificate = conversion.convert(adapter, output, **asked, progress=progress)
     if json:
         print_json(certificate.document())
     elif not quiet:
@@ -298,28 +310,36 @@ def apply(
     workers: Workers = None,
     threads: Threads = None,
     allow_pickle: AllowPickle = False,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     force: Force = False,
 ) -> None:
     """Fold a LoRA adapter into its base: W + s·B·A, tensor by tensor."""
-    warm_up(workers)
-    from eckart import adaptation
+    warm_up(1 if dry_run else workers)
+    from eckart import adaptation, adapter_plans
     from eckart.screen import applied_table
 
     shard_bytes = byte_count(shard_size, "--shard-size")
+    asked: dict[str, Any] = {
+        "subtract": subtract,
+        "workers": workers,
+        "threads": threads,
+        "allow_pickle": allow_pickle,
+        "force": force,
+    }
+    if dry_run:
+        plan = adapter_plans.plan_application(adapter, base, output, **asked)
+        _show_plan(plan, json=json, quiet=quiet)
+        return
     with watching(quiet=quiet or json) as progress:
         certificate = adaptation.apply(
             adapter,
             base,
             output,
-            subtract=subtract,
+            **asked,
             other_base=other_base,
-            workers=workers,
-            threads=threads,
             shard_bytes=shard_bytes,
-            allow_pickle=allow_pickle,
-            force=force,
             progress=progress,
         )
     if json:
@@ -328,3 +348,13 @@ def apply(
         print_table(applied_table(certificate))
         say_all(certificate.remarks)
         say(f"wrote {output}; prove it: eckart verify {output} --against {adapter} --base {base}")
+
+
+def _show_plan(plan: Any, *, json: bool, quiet: bool) -> None:
+    from eckart.screen import adapter_plan_table
+
+    if json:
+        print_json(plan)
+    elif not quiet:
+        print_table(adapter_plan_table(plan))
+        say_all(plan.remarks)

@@ -79,6 +79,7 @@ BatchFile = Annotated[
 StatisticsFolder = Annotated[
     Path | None, typer.Option("--statistics", metavar="S", help="What calibrate wrote.")
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Read headers only; write nothing.")]
 FactorDtype = Annotated[
     str | None, typer.Option("--dtype", help="Of the factors; default: as what they stand for.")
 ]
