@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from eckart.checkpoint.delta import Delta, delta_of
+from eckart.checkpoint.hashing import TensorHash, bytes_of
 from eckart.checkpoint.header import DTYPES
 from eckart.checkpoint.paths import printable
-from eckart.checkpoint.source import Source, bytes_of, same_bytes
+from eckart.checkpoint.source import Source, same_bytes
 from eckart.errors import NonFiniteError
 from eckart.families import FLOATING, has_grown
-from eckart.linalg.norms import energy
+from eckart.linalg.norms import energy, energy_from_above
 from eckart.linalg.threads import computing_on
 
 PIECE_ENTRIES = 2**22
@@ -29,7 +30,7 @@ BLOCK = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One tensor of both: SHA-256 of its bytes in each, and ‖tuned − base‖_F²."""
+    """One tensor of both: the digest of its bytes in each, and ‖tuned − base‖_F² to 10⁻⁵."""
 
     digests: tuple[str, str]  # tuned, base
     energy: float
@@ -55,7 +56,7 @@ class Comparer:
         ours, theirs = self.tuned.tensors[name], self.base.tensors[name]
         if {ours.dtype, theirs.dtype} - DTYPES.keys():
             return self._by_digest(name)
-        ours_seen, theirs_seen = hashlib.sha256(), None
+        ours_seen, theirs_seen = TensorHash(), None
         missed, equal = 0.0, True
         for start in range(0, theirs.parameters, PIECE_ENTRIES):
             stop = min(start + PIECE_ENTRIES, theirs.parameters)
@@ -98,7 +99,7 @@ class Digester:
     source: Source
 
     def __call__(self, name: str) -> str:
-        """Returns the SHA-256 of its bytes."""
+        """Returns the digest of its bytes."""
         return self.source.digest(name)
 
 
@@ -194,11 +195,11 @@ def supposed(tuned: Source, base: Source) -> Changes:
 
 
 def _energy_between(W: Tensor, W0: Tensor) -> float:
-    """‖W − W0‖² of two pieces, by blocks that stay in the cache."""
+    """‖W − W0‖² of two pieces to 10⁻⁵, rounded up, by blocks that stay in the cache."""
     wide = torch.float64 if 8 in (W.dtype.itemsize, W0.dtype.itemsize) else torch.float32
     memory = torch.empty(min(len(W), BLOCK), dtype=wide)
     blocks = zip(W.split(BLOCK), W0.split(BLOCK), strict=True)
-    return sum(energy(memory[: len(a)].copy_(a).sub_(b)) for a, b in blocks)
+    return sum(energy_from_above(memory[: len(a)].copy_(a).sub_(b)) for a, b in blocks)
 
 
 def _own_energy(source: Source, name: str) -> float:

@@ -18,9 +18,9 @@ from eckart.calibration import (
     plan_calibration,
 )
 from eckart.calibration.prediction import examples
+from eckart.checkpoint.hashing import bytes_of
 from eckart.checkpoint.memory import state_of
 from eckart.checkpoint.paths import printable
-from eckart.checkpoint.source import bytes_of
 from eckart.checkpoint.statistics import Curvature, Origin, Statistics
 from eckart.checkpoint.statistics import Text as TextRecord
 from eckart.checkpoint.writer import check_output

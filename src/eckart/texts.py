@@ -12,9 +12,10 @@ from pathlib import Path
 from torch import Tensor
 
 from eckart.checkpoint.documents import read_json
+from eckart.checkpoint.hashing import bytes_of
 from eckart.checkpoint.header import DTYPES, TensorInfo, read_header
 from eckart.checkpoint.paths import is_there, printable, read_bytes
-from eckart.checkpoint.source import Checkpoint, bytes_of
+from eckart.checkpoint.source import Checkpoint
 from eckart.errors import InputError, UsageError
 from eckart.linalg.arrays import check_finite
 

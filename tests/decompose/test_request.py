@@ -17,7 +17,7 @@ ALL, FEW = Request(2047, all_values=True), Request(32, all_values=False)
 
 @pytest.mark.parametrize(
     ("shape", "threads"),
-    [((1, 1), 1), ((4096, 4096), 1), ((4096, 4097), 2), ((8192, 8192), 2), ((8192, 8193), 4)],
+    [((1, 1), 1), ((8192, 8192), 1), ((8192, 8193), 2), ((16384, 16384), 2), ((16384, 16385), 4)],
 )
 def test_threads_are_a_function_of_the_shape(shape, threads):
     """Never of the machine: the same threads give the same bits everywhere."""

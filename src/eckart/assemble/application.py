@@ -4,7 +4,6 @@ A unit of work that any process can be handed. Computed in float32 (float64 for 
 once to the base's dtype; what rounding cost is measured as a share of what was added.
 """
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +17,12 @@ from eckart.assemble.filling import BYTES_PER_SECOND, Copy, Filled
 from eckart.assemble.job import Job
 from eckart.assemble.placement import placed
 from eckart.certificate import Certificate, MatrixRecord, Row, SourceRecord, TiedRow, Totals
+from eckart.checkpoint.hashing import TensorHash, bytes_of, digest_of
 from eckart.checkpoint.header import DTYPES, TensorInfo
 from eckart.checkpoint.opening import open_checkpoint
 from eckart.checkpoint.paths import printable, write_file
 from eckart.checkpoint.quantized import EIGHT_BITS
-from eckart.checkpoint.source import Source, bytes_of
+from eckart.checkpoint.source import Source
 from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout
 from eckart.checkpoint.writer import CERTIFICATE
 from eckart.decompose.request import FLOPS
@@ -124,7 +124,7 @@ class Applier:
                     return self._add(order)
 
     def _copy(self, source: Source, name: str, stored: str) -> str:
-        seen, offset = hashlib.sha256(), 0
+        seen, offset = TensorHash(), 0
         for piece in source.chunks(name):
             seen.update(bytes_of(piece))
             self.files.write(stored, piece, offset)
@@ -136,10 +136,10 @@ class Applier:
         added = bias_sum(bias, order.part, self.adapter, self.sign)
         check_finite(added, f"the sum of {order.name} and the adapter's")
         self.files.write(order.name, added)
-        return Filled(order.name, hashlib.sha256(bytes_of(bias)).hexdigest())
+        return Filled(order.name, digest_of(bias))
 
     def _add(self, order: Add) -> Filled:
-        missed, total, offset, seen = 0.0, 0.0, 0, hashlib.sha256()
+        missed, total, offset, seen = 0.0, 0.0, 0, TensorHash()
         what = f"the sum of {order.name} and the adapter's product"
         for sums in sums_of(self.base, self.adapter, order, self.sign):
             for rows, exact in sums:

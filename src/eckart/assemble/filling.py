@@ -4,8 +4,6 @@ A unit of work that any process can be handed. What is reported of a tensor is m
 bytes that were written, read back.
 """
 
-import hashlib
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -13,9 +11,10 @@ from torch import Tensor
 
 from eckart.assemble.measurement import Measured, bias_of, count, measure, tail
 from eckart.certificate import FactoredEntry, MatrixRecord
+from eckart.checkpoint.hashing import TensorHash, bytes_of
 from eckart.checkpoint.header import DTYPES, TensorInfo
 from eckart.checkpoint.paths import printable
-from eckart.checkpoint.source import Checkpoint, Source, bytes_of
+from eckart.checkpoint.source import Checkpoint, Source
 from eckart.checkpoint.statistics import Statistics
 from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout
 from eckart.decompose import Decomposition
@@ -82,7 +81,7 @@ Order = Copy | Factor | Multiply
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """What became of a tensor: the SHA-256 of its bytes in the source, and its figures."""
+    """What became of a tensor: the digest of its bytes in the source, and its figures."""
 
     name: str
     source_digest: str | None
@@ -119,7 +118,7 @@ class Filler:
             return self._factor(order) if isinstance(order, Factor) else self._multiply(order)
 
     def _copy(self, order: Copy) -> Filled:
-        seen, offset = hashlib.sha256(), 0
+        seen, offset = TensorHash(), 0
         for piece in self.stored.chunks(order.name):
             seen.update(bytes_of(piece))
             self.files.write(order.stored, piece, offset)
@@ -128,17 +127,18 @@ class Filler:
 
     def _factor(self, order: Factor) -> Filled:
         name, entry, known = order.name, order.entry, order.decomposition
-        matrix, crc, form = factored.matrix_of(entry), 0, self.format
+        matrix, form = factored.matrix_of(entry), self.format
+        told, seen = self.source.known.get(name), TensorHash()
         together = matrix.is_stack and self.form is not None  # its B lies across the experts
         written = self._written(form.layout(name, entry, order.dtype))
         metrics = Metrics(self.statistics, name)
 
         def pairs() -> Iterator[tuple[Tensor, Product]]:
-            nonlocal crc
             made: list[Product] = []
             for index in range(matrix.count):
                 stored = self.source.load(name, index, index + 1 if matrix.is_stack else None)
-                crc = zlib.crc32(bytes_of(stored), crc)
+                if told is None:
+                    seen.update(bytes_of(stored))
                 W = matrix.read(stored)
                 made.append(product_of(known, W, entry, order.dtype, index, metrics(index)))
                 if not together:
@@ -152,7 +152,7 @@ class Filler:
 
         bias = self._bias(name, matrix)
         measured = measure(pairs(), bias, metrics, seed=self.seed, name=name)
-        if crc != known.source_crc:
+        if (told or seen.hexdigest()) != known.source_digest:
             raise CheckpointError(
                 f"{printable(name)} in {printable(self.source.path)} is not what it was when it "
                 "was decomposed: the file was changed meanwhile. Start again when it is complete."

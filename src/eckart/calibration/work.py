@@ -3,7 +3,6 @@
 A killed run is continued from here, to the very same bytes.
 """
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,11 +15,12 @@ from torch import Tensor
 
 from eckart.calibration.summing import Counts, Sums
 from eckart.checkpoint.documents import canonical_json, parse_json, read_json
+from eckart.checkpoint.hashing import TensorHash, digest_of
 from eckart.checkpoint.header import read_header
 from eckart.checkpoint.journal import append_line, read_lines
 from eckart.checkpoint.paths import printable, storage_errors, sync, write_file
 from eckart.checkpoint.source import Checkpoint
-from eckart.checkpoint.statistics import Document, lay_out_statistics, sha256_of
+from eckart.checkpoint.statistics import Document, lay_out_statistics
 from eckart.checkpoint.tensor_file import Place, TensorFiles, TensorLayout, lay_out_file
 from eckart.errors import CheckpointError, StaleError
 
@@ -39,7 +39,7 @@ class Work:
 
     folder: Path
     files: TensorFiles
-    done: dict[str, str]  # tensor → SHA-256
+    done: dict[str, str]  # tensor → BLAKE3
     facts: list[dict[str, Any]]  # what each finished pass had to say
     pause: float = field(default_factory=lambda: PAUSE)  # seconds between two states
     _saved: float = field(default_factory=time.monotonic)
@@ -54,7 +54,7 @@ class Work:
         sums: dict[str, str] = {}
         for name, tensor in tensors:
             self.files.write(name, tensor)
-            sums[name] = sha256_of(tensor)
+            sums[name] = digest_of(tensor)
         self.files.sync()
         found = facts()
         append_line(self.folder / JOURNAL, {"sums": sums, "facts": found})
@@ -70,7 +70,7 @@ class Work:
         tensors, path = sums.tensors, self.folder / f"{STATE}.new"
         about = {
             "counts": asdict(sums.counts),
-            "sums": {k: sha256_of(v) for k, v in tensors.items()},
+            "sums": {k: digest_of(v) for k, v in tensors.items()},
         }
         text = torch.frombuffer(bytearray(canonical_json(about)), dtype=torch.uint8)
         content = {**tensors, ABOUT: text}
@@ -96,7 +96,7 @@ class Work:
             found = {name: state.load(name) for name in tensors}
         except (CheckpointError, KeyError):
             return False
-        if any(sha256_of(t) != about["sums"][name] for name, t in found.items()):
+        if any(digest_of(t) != about["sums"][name] for name, t in found.items()):
             return False
         for name, tensor in tensors.items():
             tensor.copy_(found[name])
@@ -162,8 +162,8 @@ def _recover(folder: Path, document: Document) -> Work:
 
 
 def _digest(folder: Path, place: Place) -> str:
-    """SHA-256 of what stands in a place."""
-    found, left = hashlib.sha256(), place.end - place.begin
+    """BLAKE3 of what stands in a place."""
+    found, left = TensorHash(), place.end - place.begin
     with (folder / place.file).open("rb") as stream:
         stream.seek(place.begin)
         while left and (piece := stream.read(min(left, 2**24))):

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from eckart.checkpoint.hashing import bytes_of
 from eckart.checkpoint.header import TensorInfo
-from eckart.checkpoint.source import Source, bytes_of
+from eckart.checkpoint.source import Source
 from eckart.checkpoint.tensor_file import NAMES
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eckart.checkpoint.documents import canonical_json
+from eckart.checkpoint.hashing import TensorHash, bytes_of
 from eckart.checkpoint.header import DTYPES, TensorInfo
 from eckart.checkpoint.paths import open_regular, printable, read_into
 from eckart.errors import CheckpointError, DtypeError
@@ -38,7 +39,7 @@ class Source(ABC):
     path: Path  # what the user named: a folder, or one file
     tensors: Mapping[str, TensorInfo]  # from headers alone, in sorted order
     tied: Mapping[str, str] = field(default_factory=dict)  # name → the name it shares memory with
-    known: Mapping[str, str] = field(default_factory=dict, kw_only=True)  # SHA-256, hashed before
+    known: Mapping[str, str] = field(default_factory=dict, kw_only=True)  # digests, hashed before
     folder: Path | None = field(init=False)  # where other files are; a single file has none
     stamps: Mapping[str, Stamp] = field(init=False)  # of every weight file, when it was opened
 
@@ -111,10 +112,10 @@ class Source(ABC):
             yield piece
 
     def digest(self, name: str) -> str:
-        """Returns the SHA-256 of a tensor's bytes. Cost: reads it once, unless it is known."""
+        """Returns the BLAKE3 of a tensor's bytes. Cost: reads it once, unless it is known."""
         if name in self.known:
             return self.known[name]
-        found = hashlib.sha256()
+        found = TensorHash()
         for piece in self.chunks(name):
             found.update(bytes_of(piece))
         return found.hexdigest()
@@ -125,7 +126,7 @@ class Source(ABC):
             self._check_file(file)
 
     def fingerprint(self, digests: Mapping[str, str] | None = None) -> str:
-        """Returns the SHA-256 over every tensor's name, dtype, shape and SHA-256.
+        """Returns the SHA-256 over every tensor's name, dtype, shape and BLAKE3.
 
         How tensors are spread over files does not matter: the same model in one file and in
         shards has the same fingerprint. `digests` are those already known; the rest is read. Of
@@ -195,11 +196,6 @@ class Checkpoint(Source):
             read_into(descriptor, buffer, info.begin + offset, path)
         finally:
             os.close(descriptor)
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """Returns the memory of a contiguous tensor."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:

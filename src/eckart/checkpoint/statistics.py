@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from eckart.checkpoint.documents import canonical_json, parse_json
+from eckart.checkpoint.hashing import digest_of
 from eckart.checkpoint.header import TensorInfo, read_header
 from eckart.checkpoint.paths import is_there, natural_order, printable, read_bytes, write_file
-from eckart.checkpoint.source import Checkpoint, bytes_of
+from eckart.checkpoint.source import Checkpoint
 from eckart.checkpoint.tensor_file import Place, TensorFiles, TensorLayout, lay_out_file
 from eckart.checkpoint.writer import STATISTICS
 from eckart.errors import CheckpointError
@@ -85,7 +86,7 @@ class Document(Entry, frozen=True, forbid_unknown_fields=True, kw_only=True):
     groups: dict[str, Group]
     matrices: dict[str, Moments]
     files: dict[str, int] = {}  # name → bytes
-    sums: dict[str, str] = {}  # tensor → SHA-256 of its bytes
+    sums: dict[str, str] = {}  # tensor → BLAKE3 of its bytes
     left_out: list[LeftOut] = []
     remarks: list[str] = []  # what a reader of the numbers should know
 
@@ -196,7 +197,7 @@ class Statistics:
 
     def _load(self, tensor: str) -> Tensor:
         found = self._places.load(tensor)
-        if sha256_of(found) != self.document.sums[tensor]:
+        if digest_of(found) != self.document.sums[tensor]:
             raise CheckpointError(
                 f"{printable(tensor)} in {printable(self.folder)} is not as it was written: "
                 "calibrate again."
@@ -253,7 +254,7 @@ def write_statistics(folder: Path, document: Document, tensors: Mapping[str, Ten
     for name in files.places:
         files.write(name, tensors[name])
     files.sync()
-    sums = {name: sha256_of(tensors[name]) for name in files.places}
+    sums = {name: digest_of(tensors[name]) for name in files.places}
     return write_document(folder, document, sums)
 
 
@@ -285,11 +286,6 @@ def block_of(name: str) -> str:
         (place for place, part in enumerate(parts) if part.isascii() and part.isdigit()), None
     )
     return "" if first is None else ".".join(parts[: first + 1])
-
-
-def sha256_of(tensor: Tensor) -> str:
-    """Returns the SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(bytes_of(tensor.detach().cpu().contiguous())).hexdigest()
 
 
 def _sides(entry: Moments) -> tuple[int, ...]:

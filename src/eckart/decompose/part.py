@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from eckart.checkpoint.documents import canonical_json, parse_json
+from eckart.checkpoint.hashing import digest_of
 from eckart.checkpoint.header import read_header
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Checkpoint
@@ -37,14 +38,13 @@ class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     digest: str = ""
     name: str  # the tensor's
     identity: str  # of the decomposition: see `eckart.decompose.work`
-    source: str  # SHA-256 of the tensor's bytes
-    crc: int  # their CRC-32: as good to see a change by, in a third of the time
+    source: str  # BLAKE3 of the tensor's bytes
     shape: tuple[int, int]
     rank: int  # vectors kept, of each matrix of a stack
     energy: float  # of W, or of M = LᵀWR
     method: str
     excess_estimate: float
-    values: str  # SHA-256 of each of the two tensors
+    values: str  # BLAKE3 of each of the two tensors
     vectors: str
 
     def encode(self) -> bytes:
@@ -65,7 +65,6 @@ class Decomposition:
     method: str
     excess_estimate: float
     source_digest: str
-    source_crc: int
     part: Path
 
     @property
@@ -110,7 +109,7 @@ def write_part(
     path.unlink(missing_ok=True)
     tensors = {VALUES: torch.stack([*values]).double(), VECTORS: torch.cat([*vectors])}
     about = msgspec.structs.replace(
-        about, values=_digest(tensors[VALUES]), vectors=_digest(tensors[VECTORS])
+        about, values=digest_of(tensors[VALUES]), vectors=digest_of(tensors[VECTORS])
     )
     tensors[ABOUT] = torch.frombuffer(bytearray(about.encode()), dtype=torch.uint8)
     layout = {name: TensorLayout.like(tensor) for name, tensor in tensors.items()}
@@ -136,7 +135,7 @@ def read_part(path: Path, name: str, identity: str) -> Decomposition:
     values = part.load(VALUES)
     sound = (
         about.encode() == text
-        and _digest(values) == about.values
+        and digest_of(values) == about.values
         and part.digest(VECTORS) == about.vectors
     )
     if not sound or (about.name, about.identity) != (name, identity):
@@ -154,12 +153,5 @@ def _decomposition(about: About, values: Tensor, path: Path) -> Decomposition:
         about.method,
         about.excess_estimate,
         about.source,
-        about.crc,
         path,
     )
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(
-        tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    ).hexdigest()

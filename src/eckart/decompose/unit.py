@@ -4,14 +4,13 @@ A value that any process can be handed: it knows the source and the settings, an
 calls it.
 """
 
-import hashlib
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from eckart.checkpoint.source import Source, bytes_of
+from eckart.checkpoint.hashing import TensorHash, bytes_of
+from eckart.checkpoint.source import Source
 from eckart.checkpoint.statistics import Statistics
 from eckart.decompose.part import About, Decomposition, write_part
 from eckart.decompose.request import Request, on_threads
@@ -64,13 +63,12 @@ class Decomposer:
     def _decompose(
         self, name: str, matrix: Matrix, request: Request, part: Path
     ) -> Decomposition | Failure:
-        known, seen, crc = self.source.known.get(name), hashlib.sha256(), 0
+        known, seen = self.source.known.get(name), TensorHash()
         found: list[_Found] = []
         for index in range(matrix.count):
             stored = self.source.load(name, index, index + 1 if matrix.is_stack else None)
             if known is None:
                 seen.update(bytes_of(stored))
-            crc = zlib.crc32(bytes_of(stored), crc)
             label = f"{name}[{index}]" if matrix.is_stack else name
             try:
                 M = self._weighted(matrix.read(stored).to(self.device), name, index)
@@ -81,7 +79,6 @@ class Decomposer:
             name=name,
             identity=self.identity,
             source=known or seen.hexdigest(),
-            crc=crc,
             shape=matrix.shape,
             rank=len(found[0].vectors),
             energy=sum(one.energy for one in found),

@@ -57,6 +57,11 @@ def as_matrix(array: Array, name: str = "matrix") -> Tensor:
     because LAPACK can hang for ever on an Inf (numpy issue 32591) and returns NaN factors
     without an error on others.
     """
+    return measured_matrix(array, name)[0]
+
+
+def measured_matrix(array: Array, name: str = "matrix") -> tuple[Tensor, float]:
+    """Returns what `as_matrix` returns, and its largest magnitude, which that pass tells too."""
     tensor = as_tensor(array, name)
     if tensor.ndim != 2:
         raise ShapeError(
@@ -65,15 +70,15 @@ def as_matrix(array: Array, name: str = "matrix") -> Tensor:
         )
     if tensor.numel() == 0:
         raise ShapeError(f"{name} has shape {tuple(tensor.shape)}: an empty matrix has no rank.")
-    check_finite(tensor, name)
-    return tensor
+    return tensor, check_finite(tensor, name)
 
 
-def check_finite(tensor: Tensor, name: str) -> None:
-    """Raises NonFiniteError with the count and the first index unless every entry is finite."""
+def check_finite(tensor: Tensor, name: str) -> float:
+    """Returns the largest magnitude; NonFiniteError with the count and the first index unless
+    every entry is finite."""
     low, high = torch.aminmax(tensor)  # NaN wins over everything, so two numbers tell
     if bool(torch.isfinite(low) & torch.isfinite(high)):
-        return
+        return max(-float(low), float(high))
     bad = (~torch.isfinite(tensor)).nonzero()
     where = tuple(int(i) for i in bad[0])
     value = tensor[where].item()

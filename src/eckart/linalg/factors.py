@@ -18,6 +18,7 @@ from eckart.linalg.blocks import row_blocks
 from eckart.linalg.exact import TruncatedSVD, exact_svd, singular_values
 from eckart.linalg.metric import Root
 from eckart.linalg.norms import energy
+from eckart.linalg.products import product
 from eckart.linalg.spectrum import Spectrum
 from eckart.linalg.truncated import truncated_svd
 
@@ -233,10 +234,14 @@ def from_weighted_side(
 
 
 def _times(W: Float[Tensor, "m n"], right: Float[Tensor, "n r"]) -> Float[Tensor, "m r"]:
+    if W.dtype == right.dtype:
+        return product(W, right)
     return torch.cat([rows @ right for _, rows in row_blocks(W, right.dtype)])
 
 
 def _transposed_times(W: Float[Tensor, "m n"], left: Float[Tensor, "r m"]) -> Float[Tensor, "r n"]:
+    if W.dtype == left.dtype:
+        return product(left, W)
     A = left.new_zeros(len(left), W.shape[1])
     for start, rows in row_blocks(W, left.dtype):
         A.addmm_(left[:, start : start + len(rows)], rows)

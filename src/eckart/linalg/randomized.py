@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eckart.linalg.krylov import GAIN_SAFETY, GolubKahan, Progress
+from eckart.linalg.krylov import SAFETY, GolubKahan, Progress
 from eckart.linalg.norms import energy
 from eckart.linalg.orthogonal import Basis, extend
 from eckart.linalg.spectrum import LOST_DIGITS
@@ -65,8 +65,8 @@ def at_rank(
 
     A step is two products; the stop rule is tested after every product while that is cheap:
     stop when the last step raised the captured energy Σσ² by at most `accuracy` × the remaining
-    tail energy, or when the geometric extrapolation of the gains says five times as clearly that
-    no more is to come. Where the tail ‖W‖_F² − Σσ² has lost its digits, it is measured.
+    tail energy, or when the geometric series that continues the gains says that no more is to
+    come. Where the tail ‖W‖_F² − Σσ² has lost its digits, it is measured.
 
     Cost: two products of W with a block of `rank` + 0 to 22 columns per step.
     """
@@ -74,12 +74,12 @@ def at_rank(
     measured = math.inf
     for ritz, left in _tests(space, steps, lambda _: rank):
         tail = min(measured, _tail(ritz, rank, energy, W.dtype, space.products))
-        if left > GAIN_SAFETY * accuracy * tail:
+        if left > SAFETY * accuracy * tail:
             continue
         U, s, Vh = _padded(W, *space.triplets(rank), rank=rank, generator=generator)
         if tail < LOST_DIGITS**2 * energy:
             tail = measured = residual_energy(W, U, s, Vh)
-        if left <= GAIN_SAFETY * accuracy * tail or tail <= rounding_energy(W, energy):
+        if left <= SAFETY * accuracy * tail or tail <= rounding_energy(W, energy):
             return Found(U, s, Vh, _excess(left, tail))
     return None
 
@@ -124,7 +124,7 @@ def _search(
             if space.exhausted or space.products >= NARROW:
                 rest = energy - float(ritz.sum())  # copies of repeated values, or rounding
                 return None, not space.exhausted or rest > 4 * torch.finfo(W.dtype).eps * energy
-        elif left <= GAIN_SAFETY * accuracy * max(allowed, rounding_energy(W, energy)):
+        elif left <= SAFETY * accuracy * max(allowed, rounding_energy(W, energy)):
             return _settle(space, ritz, rank, allowed, left), False
     return None, False
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eckart.linalg.arrays import Array, as_matrix
+from eckart.linalg.arrays import Array, as_matrix, measured_matrix
 from eckart.linalg.blocks import row_blocks
 from eckart.linalg.metric import Metric
 from eckart.linalg.norms import energy, unscaled
@@ -59,8 +59,8 @@ def relative_error(W: Array, product: Product, name: str = "matrix") -> float:
     >>> round(relative_error(W, factorize(W, rank=1)), 6)
     0.6
     """
-    W = as_matrix(W, name)
-    return rounded_up(*_energies(W, product, _shift(W)))
+    W, largest = measured_matrix(W, name)
+    return rounded_up(*_energies(W, product, _shift(largest)))
 
 
 def energies(W: Array, product: Product, name: str = "matrix") -> tuple[float, float]:
@@ -78,8 +78,8 @@ def energies(W: Array, product: Product, name: str = "matrix") -> tuple[float, f
     >>> round(missed, 6), total
     (9.0, 25.0)
     """
-    W = as_matrix(W, name)
-    shift = _shift(W)
+    W, largest = measured_matrix(W, name)
+    shift = _shift(largest)
     return _unscaled(_energies(W, product, shift), shift)
 
 
@@ -132,10 +132,9 @@ def _energies(
     return missed, total
 
 
-def _shift(W: Tensor) -> int:
+def _shift(largest: float) -> int:
     """0, or the power of two that brings W to where float64 can square it; itself a float64."""
-    low, high = torch.aminmax(W)
-    _, exponent = math.frexp(max(-float(low), float(high)))
+    _, exponent = math.frexp(largest)
     return -max(-1000, min(exponent, 1000)) if abs(exponent) > 400 else 0
 
 
@@ -193,8 +192,8 @@ def compare(
     >>> round(found.missed, 6), found.total, found.outputs.relative < 1
     (9.0, 25.0, True)
     """
-    W = as_matrix(W, name)
-    x, shift, y = _inputs(W, generator, samples), _shift(W), list[Tensor]()
+    W, largest = measured_matrix(W, name)
+    x, shift, y = _inputs(W, generator, samples), _shift(largest), list[Tensor]()
     found = _energies(W, product, shift, lambda rows: y.append(x @ rows.mT))
     missed, total = _unscaled(found, shift)
     return Comparison(missed, total, _difference(x, torch.cat(y, dim=1), product, bias))

@@ -59,7 +59,7 @@ class Measurer:
 
 
 def digests_of(source: Source, names: Iterable[str], workers: Workers) -> dict[str, str]:
-    """Returns the SHA-256 of each tensor."""
+    """Returns the digest of each tensor."""
     tasks = [Task(name, (name,), source.tensors[name].nbytes / BYTES_PER_SECOND) for name in names]
     return dict(workers.map(Digester(source), tasks, "hashing"))
 
