@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check bench bench-quality clean
+.PHONY: help demo test check bench bench-quality bench-ranks clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -30,6 +30,9 @@ bench: $(VENV)/.dev  ## timings against torch and mergekit, appended to bench/RE
 
 bench-quality: $(VENV)/.dev  ## perplexities by method; MODEL=… TOKENS=… (default: the demo model)
 	$(BIN)/python bench/bench_quality.py $(if $(MODEL),--model $(MODEL)) $(if $(TOKENS),--tokens $(TOKENS))
+
+bench-ranks: $(VENV)/.dev  ## the rank of merged LoRAs by --rank auto, up to 4096×11008: half an hour
+	$(BIN)/python bench/bench_ranks.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -143,11 +143,13 @@ def write_moments(
     curvature: Curvature = "full",
     tokens: int = 500,
     without: tuple[str, ...] = (),
+    group: Callable[[str], str] = str,
     changes: Mapping[str, Tensor] | None = None,
 ) -> Statistics:
     """Writes statistics of a checkpoint's matrices, as if it had been run on some text.
 
-    Of unlike size and direction from matrix to matrix; `changes` are other tensors than those.
+    Of unlike size and direction from matrix to matrix, but for those of one `group`, which share
+    their input; `changes` are other tensors than those.
     """
     source, groups, known = open_source(src), dict[str, Group](), dict[str, Moments]()
     tensors: dict[str, Tensor] = {}
@@ -155,9 +157,10 @@ def write_moments(
         if name in without:
             continue
         (m, n), scale = matrix.shape, float(torch.rand(1, generator=named_generator(8, name))) + 0.1
-        groups[name] = Group(width=n, rows=tokens)
-        known[name] = Moments(shape=(m, n), groups=[name], curvature=curvature, count=matrix.count)
-        tensors[f"{name}.C"] = second_moment(f"C of {name}", n, tokens)
+        X = group(name)
+        groups[X] = Group(width=n, rows=tokens)
+        known[name] = Moments(shape=(m, n), groups=[X], curvature=curvature, count=matrix.count)
+        tensors[f"{X}.C"] = second_moment(f"C of {X}", n, tokens)
         G = [second_moment(f"G{i} of {name}", m, tokens) * scale for i in range(matrix.count)]
         parts = torch.stack([one.diagonal() if curvature == "diagonal" else one for one in G])
         if curvature != "none":

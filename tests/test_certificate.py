@@ -20,7 +20,7 @@ refitted stored_whole lost unchanged factored loss totals change remarks run
 """
 MATRIX_KEYS = """
 name shape dtype orientation rank form parameters bytes relative_error excess_estimate optimum
-output_error metric metric_error loss method tail energy_share
+output_error metric metric_error loss method tail energy_share delta
 """
 
 

@@ -476,6 +476,9 @@ def test_the_rank_of_a_merged_lora_is_found(rank, dtype, tmp_path):
     assert [row["rank"] for row in document["matrices"]] == [rank] * 4
     assert document["remarks"] == []
     assert document["options"]["rank"] == "auto"
+    for row in document["matrices"]:
+        assert row["delta"]["below_floor"] is False
+        assert row["delta"]["weakest"] > 2 * row["delta"]["threshold"] > 0
 
 
 def test_a_change_that_is_all_rounding_is_named_so(tmp_path):
@@ -494,6 +497,7 @@ def test_a_change_that_is_all_rounding_is_named_so(tmp_path):
         ("b.weight", 0),
     ]
     assert any("below the rounding floor" in remark for remark in certificate.remarks)
+    assert [row.delta and row.delta.below_floor for row in certificate.matrices] == [False, True]
     assert all(check.held for check in verify(tmp_path / "out", folders[0], base=folders[1]))
 
 

@@ -10,7 +10,7 @@ import torch
 from builders import eckart, read_document, undetected
 from safetensors.torch import load_file, save_file
 
-from eckart import merge, resize, verify
+from eckart import convert, merge, resize, verify
 from eckart.errors import CheckpointError, UsageError
 
 PREFIX = "base_model.model."
@@ -274,6 +274,94 @@ def test_weights_that_do_not_fit_are_a_usage_error(weights, tmp_path):
 
     assert done.code == 2
     assert "--weights" in done.err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zeros_beside_an_adapter_are_taken_off_again(dtype, tmp_path):
+    """One rank for all, as vLLM wants it, and back: the ranks that were there, and the product."""
+    ranks = {"layers.0.q": 3, "layers.0.up": 8, "layers.1.q": 1}
+    given = write_adapter(tmp_path / "given", ranks, 1, dtype=dtype)
+    convert(given, tmp_path / "padded", consumer="vllm")
+    certificate = resize(tmp_path / "padded", tmp_path / "out", rank="auto", dtype="float32")
+
+    stored = load_file(tmp_path / "padded" / "adapter_model.safetensors")
+    assert {len(t) for name, t in stored.items() if ".lora_A." in name} == {8}
+    assert {row.name: row.rank for row in certificate.matrices} == {
+        f"{X}.weight": r for X, r in ranks.items()
+    }
+    assert max(row.relative_error for row in certificate.matrices) < 1e-6
+    assert all(check.held for check in verify(tmp_path / "out", tmp_path / "padded"))
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.1, 0.3], [1 / 3, -1e-3], [1e6, 1e-6]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_copies_of_an_adapter_have_the_rank_of_one(dtype, weights, tmp_path):
+    """Whatever the weights: what both share is stored once, and it is their sum."""
+    one = write_adapter(tmp_path / "one", {"layers.0.q": 4, "layers.0.up": 5}, 1, dtype=dtype)
+    line = ["merge", one, one, "-o", tmp_path / "out", "--rank", "auto", "--dtype", "float32"]
+    done = eckart(*line, f"--weights={weights[0]!r},{weights[1]!r}")
+    exact, found = products(one, lambda X, r: 8 / r), products(tmp_path / "out")
+
+    assert done.code == 0
+    assert [row["rank"] for row in read_document(tmp_path / "out")["matrices"]] == [4, 5]
+    assert read_document(tmp_path / "out")["options"]["rank"] == "auto"
+    for X, product in found.items():
+        expected = sum(weights) * exact[X]
+        assert np.linalg.norm(product - expected) < 1e-6 * np.linalg.norm(expected)
+
+
+def test_a_component_far_below_the_others_is_no_rounding(tmp_path):
+    """10⁻¹¹ of the largest is there in the given numbers, and so it counts."""
+    one = write_adapter(tmp_path / "one", {"layers.0.q": 4}, 1)
+    two = write_adapter(tmp_path / "two", {"layers.0.q": 1}, 2)
+    certificate = merge([one, two], tmp_path / "out", weights=[1.0, 1e-11], rank="auto")
+
+    assert certificate.matrices[0].rank == 5
+
+
+def test_what_cancels_has_no_rank_and_all_of_it_no_adapter(tmp_path):
+    """In one module: rank 0, and the others are as they were. In all of them: exit 2."""
+    one = write_adapter(tmp_path / "one", {"layers.0.q": 4, "layers.0.up": 5}, 1)
+    two = write_adapter(tmp_path / "two", {"layers.1.q": 2}, 2)
+    merge([one, two], tmp_path / "both", error=0)
+    merge([tmp_path / "both", one], tmp_path / "out", weights=[1, -1], rank="auto", dtype="float64")
+    ranks = {row["name"]: row["rank"] for row in read_document(tmp_path / "out")["matrices"]}
+
+    assert ranks["layers.1.q.weight"] == 2
+    assert min(ranks.values()) >= 2  # what was rounded in between is there
+    exact = merge([one, one, two], tmp_path / "exact", weights=[1, -1, 1], rank="auto")
+    assert {row.name: row.rank for row in exact.matrices} == {
+        "layers.0.q.weight": 0,
+        "layers.0.up.weight": 0,
+        "layers.1.q.weight": 2,
+    }
+    assert all(check.held for check in verify(tmp_path / "exact", [one, one, two]))
+    with pytest.raises(UsageError, match="cancel each other"):
+        merge([one, one], tmp_path / "none", weights=[1, -1], rank="auto")
+
+
+def test_auto_is_no_multiple_of_anything(tmp_path):
+    """--align beside it is exit 2, and so is a rank that is neither."""
+    given = write_adapter(tmp_path / "given", {"layers.0.q": 4}, 1)
+    line = ["resize", given, "-o", tmp_path / "out", "--rank"]
+
+    assert "leave --align 4 out" in eckart(*line, "auto", "--align", 4).message
+    assert eckart(*line, "auto", "--align", 4).code == eckart(*line, "most").code == 2
+    assert eckart(*line, 3, "--align", 2).code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_rank_for_all_is_the_largest_that_was_found(tmp_path):
+    """For a loader of one rank: zeros again, but no more than one module needs."""
+    ranks = {"layers.0.q": 3, "layers.0.up": 5}
+    given = write_adapter(tmp_path / "given", ranks, 1)
+    convert(given, tmp_path / "padded", consumer="vllm")
+    both = [tmp_path / "padded", tmp_path / "padded"]
+    certificate = merge(both, tmp_path / "out", rank="auto", consumer="llama.cpp")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+
+    assert [row.rank for row in certificate.matrices] == [3, 5]
+    assert {len(tensor) for name, tensor in tensors.items() if ".lora_A." in name} == {5}
 
 
 def test_other_adapters_than_it_was_made_from_are_refused(tmp_path):

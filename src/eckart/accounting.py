@@ -66,7 +66,7 @@ def fates_of(
     ]
     rest, grown = [name for name in changes.changed if name not in tied], changes.grown
     found, reasons = adaptable(
-        changes.tuned, [*rest, *changes.added], include=include, exclude=exclude
+        changes.tuned, [*rest, *changes.new], include=include, exclude=exclude
     )
     reasons |= {name: GROWN for name in grown if reasons.get(name) not in CHOSEN}
     whole = [
@@ -77,7 +77,7 @@ def fates_of(
     lost = {
         name: _remedy(name, why, consumer) for name, why in reasons.items() if name not in whole
     }
-    new = [name for name in changes.added if lost.get(name) not in CHOSEN]
+    new = [name for name in changes.new if lost.get(name) not in CHOSEN]
     lost |= dict.fromkeys(new, "not in the base: no adapter adds a tensor")
     found = {
         name: matrix for name, matrix in found.items() if name not in whole and name not in lost

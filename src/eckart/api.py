@@ -32,6 +32,7 @@ from eckart.compression import (
 from eckart.errors import CheckpointError, UsageError
 from eckart.execute import Progress, Silent, Task, Workers, workers_for
 from eckart.families import matrices
+from eckart.forecast import PlannedMatrix, planned
 from eckart.inspection import Inspector, summary
 from eckart.planning import (
     Targets,
@@ -52,17 +53,6 @@ from eckart.trial import Trial, held_out
 from eckart.verification import Check, TextOptions, check_files, verify_output
 
 PathLike = str | Path
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedMatrix:
-    """What `compress` would do with one matrix, from headers alone."""
-
-    name: str
-    shape: tuple[int, ...]
-    ranks: tuple[int, int]  # the smallest and the largest possible; (0, 0) if copied
-    parameters: tuple[int, int]  # before, and after at the largest rank
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +101,7 @@ def plan(
     if out is not None:
         check_output(Path(out), inputs=inputs_of(targets), force=force)
     return Plan(
-        [_planned(name, targets) for name in targets.items],
+        [planned(name, targets) for name in targets.items],
         {**targets.copied, **{name: f"tied to {to}" for name, to in targets.tied.items()}},
         targets.remarks,
     )
@@ -368,15 +358,3 @@ def inspect(
         summary=summary([rows[name] for name in found], [*found.values()]),
         remarks=expert_remarks(found),
     )
-
-
-def _planned(name: str, targets: Targets) -> PlannedMatrix:
-    item, policy, terms = targets.items[name], targets.policy, targets.terms
-    stored, dense = targets.matrices[name].stored, item.dense_parameters
-    limit = policy.limit(item, terms)
-    if limit == 0:
-        reason = targets.refused[name].reason
-        return PlannedMatrix(name, stored, (0, 0), (dense, dense), reason)
-    smallest = limit if policy.name == "rank" else terms.align
-    after = min(item.parameters(limit, terms.form), dense)
-    return PlannedMatrix(name, stored, (smallest, limit), (dense, after), "")

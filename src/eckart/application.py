@@ -4,9 +4,10 @@ Knows the order of things; what is computed of each tensor is in `assemble.appli
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from eckart.assemble.application import Applier, Order, Replace, certify_applied
+from eckart.assemble.application import Applier, Order, Replace, certify_applied, orders_of
 from eckart.assemble.filling import Filled
 from eckart.assemble.job import Job
 from eckart.assemble.sidecars import write_sidecars
@@ -19,20 +20,47 @@ from eckart.checkpoint.tensor_file import TensorLayout, lay_out_checkpoint
 from eckart.checkpoint.writer import CERTIFICATE
 from eckart.errors import CheckpointError, InputError
 from eckart.execute import Task, Workers
-from eckart.formats.adapters import Adapter
+from eckart.formats.adapters import Adapter, open_adapter
+from eckart.planning import open_dense
 
 
-def write_applied(
-    adapter: Adapter,
-    orders: Mapping[str, Order],
-    layout: Mapping[str, TensorLayout],
-    job: Job,
-    workers: Workers,
-) -> Certificate:
+@dataclass(frozen=True, slots=True)
+class Application:
+    """A base, an adapter, and an order and a place for every tensor of their sum."""
+
+    base: Source
+    adapter: Adapter
+    orders: Mapping[str, Order]
+    layout: Mapping[str, TensorLayout]
+
+    @property
+    def output_bytes(self) -> int:
+        """Of the output's tensors."""
+        return sum(place.nbytes for place in self.layout.values())
+
+
+def application_of(
+    adapter: str | Path,
+    base: str | Path,
+    *,
+    subtract: bool = False,
+    allow_pickle: bool = False,
+) -> Application:
+    """Returns what is to be done; CheckpointError where headers show that the adapter is for
+    another model."""
+    origin = open_dense(Path(base), allow_pickle=allow_pickle)
+    parts = open_adapter(Path(adapter))
+    orders, layout = orders_of(origin, parts, subtract=subtract)
+    vocabulary_of(orders, layout, origin)
+    return Application(origin, parts, orders, layout)
+
+
+def write_applied(asked: Application, job: Job, workers: Workers) -> Certificate:
     """Lays the checkpoint out, fills it from its beginning on, and certifies it.
 
     Files are hashed and flushed while they are being filled: see `FileDigests`.
     """
+    adapter, orders, layout = asked.adapter, asked.orders, asked.layout
     files = lay_out_checkpoint(job.staged, layout, job.shard_bytes)
     sign = -1 if job.options["subtract"] else 1
     unit = Applier(job.source, adapter.source, files, sign, job.threads)

@@ -59,6 +59,16 @@ class OutputError(Document, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     relative: float
 
 
+class Delta(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The evidence for the rank of tuned − base: see `eckart.signal_rank`."""
+
+    threshold: float
+    bound: int
+    share: float
+    below_floor: bool
+    weakest: float
+
+
 class MatrixRecord(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One factored matrix, measured from the written file."""
 
@@ -80,6 +90,7 @@ class MatrixRecord(Document, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     metric_error: float | None = None  # ‖Lᵀ(W − BA)R‖_F/‖LᵀWR‖_F, in another metric …
     loss: float | None = None  # … and ½‖Lᵀ(W − BA)R‖_F², where that is in nats per token
     energy_share: float | None = None  # of an adapter's: its share of ‖tuned − base‖²
+    delta: Delta | None = None  # … and, of `--rank auto`, what its rank rests on
 
 
 class Row(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -199,16 +210,6 @@ class Certificate(Document, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     def encode(self) -> bytes:
         """Returns the file's contents: the canonical spelling, so any changed byte shows."""
         return canonical_json(self.document()) + b"\n"
-
-
-class Delta(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The evidence for the rank of tuned − base: see `eckart.signal_rank`."""
-
-    threshold: float
-    bound: int
-    share: float
-    below_floor: bool
-    weakest: float
 
 
 class Inspection(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):

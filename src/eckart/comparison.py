@@ -136,14 +136,19 @@ class Changes:
         """The tensors that are equal in both."""
         return [name for name, one in self.compared.items() if one.equal]
 
-    @cached_property
-    def added(self) -> dict[str, float]:
-        """The tensors that only the tuned model has, and their own energies."""
-        return {
-            name: _own_energy(self.tuned, name)
+    @property
+    def new(self) -> list[str]:
+        """The tensors that only the tuned model has."""
+        return [
+            name
             for name in self.tuned.tensors
             if name not in self.compared and name not in self.tuned.tied
-        }
+        ]
+
+    @cached_property
+    def added(self) -> dict[str, float]:
+        """The energies of those."""
+        return {name: _own_energy(self.tuned, name) for name in self.new}
 
     @property
     def grown(self) -> list[str]:
@@ -181,6 +186,12 @@ class Changes:
             source.origin.fingerprint({**source.told(seen), **rest}) for source, seen, rest in sides
         )
         return tuned, base
+
+
+def supposed(tuned: Source, base: Source) -> Changes:
+    """Returns the changes if all that may differ did, from headers alone: no energy is known."""
+    unlike = Compared(("", ""), 0.0, equal=False)
+    return Changes(tuned, base, dict.fromkeys(sorted(comparable(tuned, base)), unlike))
 
 
 def _energy_between(W: Tensor, W0: Tensor) -> float:

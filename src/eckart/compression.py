@@ -22,6 +22,8 @@ from eckart.certificate import Certificate, Kind, Loss
 from eckart.checkpoint.lock import locked
 from eckart.checkpoint.opening import open_checkpoint
 from eckart.checkpoint.paths import printable
+from eckart.checkpoint.source import Source
+from eckart.checkpoint.statistics import Statistics
 from eckart.checkpoint.writer import OutputRun, check_space
 from eckart.decompose import Decomposer
 from eckart.decompose.request import seconds_for, threads_for
@@ -102,29 +104,34 @@ def check_statistics(job: Job, workers: Workers) -> Job:
     if statistics is None:
         return job
     digests = digests_of(source, source.tensors, workers)
-    if source.fingerprint(digests) != statistics.fingerprint:
+    check_model(statistics, source, source.fingerprint(digests))
+    hashed = replace(source, known=digests)
+    source.check_unchanged()
+    return replace(job, source=hashed)
+
+
+def check_model(statistics: Statistics, source: Source, fingerprint: str) -> None:
+    """Raises CheckpointError unless the statistics are of the model with that fingerprint."""
+    if fingerprint != statistics.fingerprint:
         raise CheckpointError(
             f"the statistics in {printable(statistics.folder)} are of another model "
             f"({printable(statistics.document.model.name)}) than {printable(source.path)}, or of "
             "other weights: calibrate this one."
         )
-    hashed = replace(source, known=digests)
-    source.check_unchanged()
-    return replace(job, source=hashed)
 
 
 def decompose_all(work: Work, targets: Targets, job: Job, workers: Workers) -> None:
     """Decomposes what no kept part serves; every result is in the journal when it is counted."""
     missing = work.missing(targets.requests)
     _say_what_is_kept(work, [*missing], len(targets.requests), workers.watch)
-    device, statistics = str(job.options["device"]), job.statistics
-    unit = Decomposer(job.source, work.digest, job.seed, device, job.threads, statistics)
+    device = str(job.options["device"])
+    unit = Decomposer(job.source, work.digest, job.seed, device, job.threads, job.statistics)
     parts, tasks = work.parts(missing), list[Task]()
     for name, request in missing.items():
         matrix = targets.matrices[name]
         threads = job.threads or threads_for(matrix.shape)
         arguments = (name, matrix, request, parts[name])
-        seconds = seconds_for(matrix, request, threads, weighted=statistics is not None)
+        seconds = seconds_for(matrix, request, threads, weighted=targets.is_weighted(name))
         tasks.append(Task(name, arguments, seconds))
     for _, result in workers.map(unit, tasks, "decomposing"):
         work.record(result)

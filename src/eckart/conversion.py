@@ -4,15 +4,11 @@ from pathlib import Path
 
 from eckart import verification
 from eckart.assemble.job import Job
-from eckart.assemble.recombination import sums_of
 from eckart.certificate import Certificate, Options
-from eckart.checkpoint.opening import open_source
 from eckart.checkpoint.writer import CERTIFICATE, check_output, new_output
-from eckart.consumers import consumer_of
 from eckart.execute import Progress, Silent, Workers, workers_for
-from eckart.formats.pipelines import addressed, holds_adapter, open_lora
-from eckart.merging import as_given, check_held_by, write_merged
-from eckart.planning import stored_dtype
+from eckart.formats.pipelines import holds_adapter
+from eckart.merging import choose_ranks, conversion_of, write_merged
 from eckart.verification import Fit
 
 PathLike = str | Path
@@ -41,19 +37,10 @@ def convert(
     names stand for. Cost: reads and writes the adapter. Raises CheckpointError for an adapter that
     is not understood, UsageError for what the consumer cannot hold.
     """
-    reader, stored, target, folder = (
-        consumer_of(consumer),
-        stored_dtype(dtype),
-        Path(out),
-        Path(adapter),
-    )
+    target, folder = Path(out), Path(adapter)
     check_output(target, inputs=[folder], force=force)
-    listed = [] if base is None else open_source(Path(base)).tensors
-    modules = [name.removesuffix(".weight") for name in listed]
-    opened = addressed(open_lora(folder, modules), reader, component)
-    sums = sums_of([opened], [1.0])
-    check_held_by(reader, [opened], sums)
-    count = workers_for([one.shape for one in sums.values()], workers, threads)
+    brief = conversion_of(folder, consumer=consumer, component=component, base=base, dtype=dtype)
+    count = workers_for([one.shape for one in brief.sums.values()], workers, threads)
     options: Options = {
         "for": consumer,
         "component": component,
@@ -66,11 +53,9 @@ def convert(
         new_output(target, inputs=[folder], force=force) as run,
         Workers(count, progress or Silent()) as crew,
     ):
-        job = Job(opened.source, run.staged, 0, options, threads=threads, workers=count)
-        choices = as_given(sums)
-        return write_merged(
-            [opened], sums, choices, job, crew, dtype=stored, consumer=reader, exactly=True
-        )
+        source = brief.adapters[0].source
+        job = Job(source, run.staged, 0, options, threads=threads, workers=count)
+        return write_merged(brief, choose_ranks(brief, crew), job, crew)
 
 
 def lint(adapter: PathLike) -> list[Fit]:

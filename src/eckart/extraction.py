@@ -3,39 +3,35 @@
 Knows the order of things; the stages between are those of a compression, over a difference.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from eckart.accounting import Fates, check_losses
-from eckart.allocate import BELOW_FLOOR, Choice, RankPolicy, Terms, one_rank, paying_rank
+from eckart.allocate import BELOW_FLOOR, Choice, Terms, one_rank, paying_rank
 from eckart.arrangement import is_dequantized
 from eckart.assemble.adapters import adapter_assembly, certify_adapter
 from eckart.assemble.job import Job
 from eckart.assemble.measurement import item_of
+from eckart.brief import Brief
 from eckart.certificate import Certificate, FactoredEntry
 from eckart.checkpoint.delta import Delta
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
+from eckart.checkpoint.statistics import Statistics
 from eckart.comparison import Changes
+from eckart.compression import check_model
 from eckart.consumers import Consumer
 from eckart.decompose.request import on_threads
 from eckart.decompose.work import Work
 from eckart.errors import InputError, LossError, PromiseError
 from eckart.execute import Progress, Task, Workers
 from eckart.formats.forms import check_largest, form_remarks
-from eckart.inspection import Inspector
+from eckart.inspection import Inspector, evidence, together
 from eckart.linalg.matrices import named_generator
 from eckart.linalg.rounding import SignalRank, signal_rank
 from eckart.matrix import Matrix
-from eckart.pairing import alike, compare
-from eckart.planning import Targets, open_dense
-
-
-def open_pair(tuned: Path, base: Path, *, allow_pickle: bool) -> tuple[Source, Source]:
-    """Returns a model and its base; InputError where headers show that they are not a pair."""
-    ours, theirs = (open_dense(path, allow_pickle=allow_pickle) for path in (tuned, base))
-    return alike(ours, theirs)
+from eckart.pairing import compare, weighed
+from eckart.planning import Targets, is_in_nats, nothing_known, width_remarks
 
 
 def compare_all(tuned: Source, base: Source, workers: Workers) -> Changes:
@@ -50,18 +46,20 @@ def compare_all(tuned: Source, base: Source, workers: Workers) -> Changes:
 
 
 def adapter_targets(
+    brief: Brief,
     changes: Changes,
     fates: Fates,
     delta: Delta,
-    policy: RankPolicy,
     *,
-    align: int,
-    dtype: str | None,
-    found: Mapping[str, SignalRank],
-    consumer: Consumer,
+    ranks: Mapping[str, int],
+    statistics: Statistics | None = None,
 ) -> Targets:
-    """Returns the matrices that differ, as a policy sees them; factors in the tuned dtype."""
-    tuned = changes.tuned.tensors
+    """Returns the matrices that differ, as a policy sees them; factors in the tuned dtype.
+
+    In the metric of the `statistics`, which have these matrices' names, where they know them.
+    `ranks` are those that were found in them.
+    """
+    tuned, dtype, consumer = changes.tuned.tensors, brief.dtype, brief.consumer
     dtypes = {
         name: dtype or (HALF if is_dequantized(name, changes.tuned) else tuned[name].dtype)
         for name in fates.matrices
@@ -69,15 +67,49 @@ def adapter_targets(
     items = {
         name: item_of(tuned[name], matrix, dtypes[name]) for name, matrix in fates.matrices.items()
     }
-    items |= {name: replace(items[name], known_rank=one.rank) for name, one in found.items()}
+    items |= {name: replace(items[name], known_rank=rank) for name, rank in ranks.items()}
+    in_nats = statistics is not None and is_in_nats(items, statistics)
+    if statistics is not None and not in_nats:
+        items = {name: replace(item, energy=changes.changed[name]) for name, item in items.items()}
     rest = sum(tuned[name].nbytes for name in fates.whole) + consumer.extra_bytes(len(items))
-    terms = Terms("ba", align, rest, additive=True)
-    policy.check(items, terms)
-    policy = one_rank(policy, items, terms) if consumer.uniform else policy
-    if policy.name == "rank":  # else only the spectra tell
-        limits = {name: policy.limit(item, terms) for name, item in items.items()}
-        check_largest(consumer, limits)
-    return Targets(delta, policy, terms, dtype, fates.matrices, items, {}, {}, dtypes)
+    terms = Terms("ba", brief.align, rest, additive=True, in_nats=in_nats)
+    brief.policy.check(items, terms)
+    matrices = fates.matrices
+    return Targets(delta, brief.policy, terms, dtype, matrices, items, {}, {}, dtypes, statistics)
+
+
+def for_consumer(targets: Targets, consumer: Consumer) -> Targets:
+    """Returns the targets with the one rank that a budget allows where a consumer takes no more.
+
+    UsageError where a rank is above what it takes.
+    """
+    if consumer.uniform:
+        policy = one_rank(targets.policy, targets.items, targets.terms)
+        targets = replace(targets, policy=policy)
+    if targets.policy.name == "rank":  # else only the spectra tell
+        check_largest(consumer, {name: one.rank for name, one in targets.requests.items()})
+    return targets
+
+
+def statistics_beside(
+    statistics: Statistics | None, changes: Changes, fates: Fates
+) -> Statistics | None:
+    """Returns statistics of the tuned model under the names of what differs.
+
+    CheckpointError where they are of another model, or of none of these matrices.
+    """
+    if statistics is None:
+        return None
+    check_model(statistics, changes.tuned, changes.fingerprints()[0])
+    return known_beside(statistics, changes, fates)
+
+
+def known_beside(statistics: Statistics, changes: Changes, fates: Fates) -> Statistics:
+    """Returns the same of whatever model they are of: as far as headers tell."""
+    found = weighed(statistics, changes.tuned, fates.matrices)
+    if fates.matrices and not found.names:
+        raise nothing_known(statistics)
+    return found
 
 
 def warn_of_losses(changes: Changes, fates: Fates, watch: Progress) -> None:
@@ -87,6 +119,9 @@ def warn_of_losses(changes: Changes, fates: Fates, watch: Progress) -> None:
     except LossError as error:
         watch.note(f"{error} The matrices are decomposed meanwhile, and kept.")
 
+
+SHOWN = 3
+"""Names in a remark: enough to see which kind they are."""
 
 HALF = "BF16"
 """Of the factors, where the tuned model is stored in 8-bit floats."""
@@ -101,8 +136,7 @@ class Ranker:
     seed: int
 
     def __call__(self, name: str, matrix: Matrix) -> SignalRank:
-        """Reads both; see `eckart.signal_rank` for cost and memory. Of a stack, the largest rank
-        counts, and each of its matrices may have some below the floor."""
+        """Reads both; see `eckart.signal_rank` for cost and memory, `together` for a stack."""
         found: list[SignalRank] = []
         for index in range(matrix.count):
             label = f"{name}[{index}]" if matrix.is_stack else name
@@ -110,8 +144,7 @@ class Ranker:
             generator = named_generator(self.seed, label)
             with on_threads(matrix.shape, None):
                 found.append(signal_rank(W, W0, generator=generator, name=label))
-        largest = max(found, key=lambda one: one.rank)
-        return replace(largest, below_floor=any(one.below_floor for one in found))
+        return together(found)
 
 
 def signal_ranks(
@@ -148,8 +181,7 @@ def write_adapter(
     fates: Fates,
     found: Mapping[str, SignalRank],
     accept_loss: bool,
-    consumer: Consumer,
-    component: str | None,
+    brief: Brief,
 ) -> Certificate:
     """Refuses what would be lost, else writes the adapter, measures it, and certifies it."""
     choices = {  # nothing above rounding is nothing lost: a rank of 0, with its error
@@ -170,9 +202,10 @@ def write_adapter(
     if not any(choice.rank for choice in choices.values()):
         raise InputError(
             f"no matrix of {printable(changes.tuned.path)} differs in a way that a LoRA holds, and "
-            f"{consumer.title} loads no adapter without one: copy the tensors that changed instead."
+            f"{brief.consumer.title} loads no adapter without one: copy the tensors that changed "
+            "instead."
         )
-    check_largest(consumer, {name: choice.rank or 0 for name, choice in choices.items()})
+    check_largest(brief.consumer, {name: choice.rank or 0 for name, choice in choices.items()})
     assembly = adapter_assembly(
         delta,
         fates.matrices,
@@ -180,8 +213,8 @@ def write_adapter(
         work.done,
         targets.dtypes,
         whole=fates.whole,
-        consumer=consumer,
-        component=component,
+        consumer=brief.consumer,
+        component=brief.component,
     )
     filler, files = assembly.begin(job)
     tasks = [Task(name, (order,), order.seconds) for name, order in assembly.orders.items()]
@@ -195,9 +228,12 @@ def write_adapter(
         assembly,
         filled,
         matrices=fates.matrices,
+        decompositions=work.done,
+        evidence={name: evidence(one) for name, one in found.items()},
         lost=fates.lost,
         remarks=[
             *remarks_of(changes, fates, assembly.entries),
+            *metric_remarks(targets),
             *_below_floor(found),
             *form_remarks(assembly.form, assembly.entries, job.options),
         ],
@@ -236,16 +272,43 @@ def remarks_of(changes: Changes, fates: Fates, entries: Mapping[str, FactoredEnt
     return remarks
 
 
+def metric_remarks(targets: Targets) -> list[str]:
+    """Returns what statistics leave in doubt, and what is approximated without any."""
+    statistics, policy = targets.statistics, targets.policy
+    if statistics is None:
+        return []
+    names = [name for name in targets.requests if targets.is_weighted(name)]
+    remarks = width_remarks(statistics, names)
+    unknown = {row.name: row.reason for row in statistics.document.left_out}
+    if unknown:
+        remarks.append(
+            f"{len(unknown)} of {len(targets.items)} matrices are approximated in the Frobenius "
+            f"norm: {_some(f'{printable(name)} ({why})' for name, why in unknown.items())}"
+        )
+    if policy.is_budget and not targets.terms.in_nats:
+        remarks.append(
+            "not every matrix has the loss's curvature, so that nothing tells what each costs in "
+            f"nats: --{policy.name} counts each change by its energy, as without statistics, and "
+            "the metric weighs only what lies within a matrix."
+        )
+    return remarks
+
+
+def _some(words: Iterable[str]) -> str:
+    """The first few of them."""
+    words = [*words]
+    return ", ".join(words[:SHOWN]) + (", …" if len(words) > SHOWN else "")
+
+
 def _below_floor(found: Mapping[str, SignalRank]) -> list[str]:
     """What rounding may hide, by name."""
     names = [name for name, one in found.items() if one.below_floor]
     if not names:
         return []
-    some = ", ".join(f"{printable(name)} (rank {found[name].rank})" for name in names[:3])
-    more = ", …" if len(names) > len(names[:3]) else ""
+    some = _some(f"{printable(name)} (rank {found[name].rank})" for name in names)
     return [
         f"{len(names)} of {len(found)} changes reach below the rounding floor, which may hide part "
-        f"of their rank: {some}{more}"
+        f"of their rank: {some}"
     ]
 
 

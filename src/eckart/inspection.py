@@ -17,7 +17,7 @@ from eckart.linalg.gram import gram_values
 from eckart.linalg.matrices import named_generator
 from eckart.linalg.norms import energy
 from eckart.linalg.rank import numerical_rank
-from eckart.linalg.rounding import signal_rank
+from eckart.linalg.rounding import SignalRank, signal_rank
 from eckart.linalg.spectrum import Spectrum
 from eckart.linalg.truncated import truncated_svd
 from eckart.matrix import Matrix, Shape
@@ -82,15 +82,7 @@ class Inspector:
         spectrum = Spectrum(matrix.shape, _combined(values), sum(energies))
         numerical = None if None in ranks else max(rank for rank in ranks if rank is not None)
         signal = max((one.rank for one in signals), default=None)
-        delta = None
-        if self.base is not None:
-            delta = Delta(
-                threshold=max(one.threshold for one in signals),
-                bound=max(one.bound for one in signals),
-                share=min(one.share for one in signals),
-                below_floor=any(one.below_floor for one in signals),
-                weakest=min(one.weakest for one in signals),
-            )
+        delta = None if self.base is None else evidence(together(signals))
         trusted = signals and not any(one.below_floor for one in signals)
         return Inspection(
             name=name,
@@ -117,6 +109,29 @@ class Inspector:
             return gram_values(W, label)[0]
         generator = named_generator(self.seed, label)
         return truncated_svd(W, rank=LEADING, generator=generator, name=label).s
+
+
+def together(signals: Sequence[SignalRank]) -> SignalRank:
+    """Returns the largest rank of a stack's matrices, and the worst that is known of any."""
+    return SignalRank(
+        rank=max(one.rank for one in signals),
+        bound=max(one.bound for one in signals),
+        threshold=max(one.threshold for one in signals),
+        share=min(one.share for one in signals),
+        below_floor=any(one.below_floor for one in signals),
+        weakest=min(one.weakest for one in signals),
+    )
+
+
+def evidence(found: SignalRank) -> Delta:
+    """Returns what the rank of a change rests on."""
+    return Delta(
+        threshold=found.threshold,
+        bound=found.bound,
+        share=found.share,
+        below_floor=found.below_floor,
+        weakest=found.weakest,
+    )
 
 
 def summary(rows: Sequence[Inspection], matrices: Sequence[Matrix]) -> Summary:

@@ -4,29 +4,36 @@ Knows the order of things; what is computed of each tensor is in `assemble.recom
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from eckart.allocate import Choice, RankPolicy, Terms, one_rank
+from eckart.allocate import AutoRank, Choice, FixedRank, Item, RankPolicy, Terms, one_rank
 from eckart.allocate.policies import Keep
 from eckart.assemble.filling import Filled
 from eckart.assemble.job import Job
 from eckart.assemble.recombination import (
+    RankOf,
     Recombiner,
     SpectrumOf,
     Sum,
     certify_merged,
     entries_of,
     layout_of,
+    sums_of,
 )
 from eckart.certificate import Certificate
 from eckart.checkpoint.documents import indented_json
+from eckart.checkpoint.opening import open_source
 from eckart.checkpoint.paths import printable, write_file
 from eckart.checkpoint.tensor_file import lay_out_file
-from eckart.consumers import Consumer
+from eckart.consumers import Consumer, consumer_of
 from eckart.errors import CheckpointError, UsageError
 from eckart.execute import Task, Workers
 from eckart.formats import peft
 from eckart.formats.adapters import Adapter
 from eckart.formats.forms import AdapterForm, check_held, check_largest, form_remarks
+from eckart.formats.pipelines import addressed, open_lora
+from eckart.planning import check_align, policy_of, stored_dtype
 
 
 def weights_of(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -54,25 +61,100 @@ def check_mergeable(adapters: Sequence[Adapter]) -> None:
             )
 
 
-def choose_ranks(
-    sums: Mapping[str, Sum],
-    policy: RankPolicy,
-    workers: Workers,
+@dataclass(frozen=True, slots=True)
+class MergeBrief:
+    """A weighted sum of adapters that is asked for, as far as options and headers tell."""
+
+    adapters: Sequence[Adapter]
+    weights: Sequence[float]
+    sums: Mapping[str, Sum]
+    policy: RankPolicy | None  # as it holds for these sums; None: as the one adapter has them
+    terms: Terms
+    consumer: Consumer
+    dtype: str | None  # of the factors, as safetensors spells it
+
+    @property
+    def items(self) -> dict[str, Item]:
+        """The sums as a budget sees them."""
+        return {name: one.item(self.dtype) for name, one in self.sums.items()}
+
+
+def merge_of(
+    adapters: Sequence[str | Path],
     *,
-    align: int,
+    weights: Sequence[float] | None = None,
+    rank: int | str | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    keep: float | None = None,
+    size: int | None = None,
+    align: int = 1,
+    consumer: str = "peft",
+    component: str | None = None,
+    dtype: str | None = None,
+) -> MergeBrief:
+    """Returns the sum; refuses whatever options and headers can show is wrong with it."""
+    policy = policy_of(rank=rank, energy=energy, error=error, keep=keep, size=size)
+    check_align(align)
+    if not adapters:
+        raise UsageError("there is no adapter to merge: name one at least.")
+    stored, reader = stored_dtype(dtype), consumer_of(consumer)
+    opened = [addressed(open_lora(Path(path)), reader, component) for path in adapters]
+    brief = _summed(opened, weights_of(weights, len(opened)), reader, stored, align)
+    policy.check(brief.items, brief.terms)
+    policy = _against_given(policy, brief.sums)
+    if reader.uniform:
+        policy = one_rank(policy, brief.items, brief.terms)
+    if isinstance(policy, FixedRank):
+        limits = {name: min(policy.value, one.rank) for name, one in brief.sums.items()}
+        check_largest(reader, limits)
+    return replace(brief, policy=policy)
+
+
+def conversion_of(
+    adapter: str | Path,
+    *,
+    consumer: str,
+    component: str | None = None,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+) -> MergeBrief:
+    """Returns one adapter as it is in another form; refuses what the consumer cannot hold."""
+    reader, stored = consumer_of(consumer), stored_dtype(dtype)
+    listed = [] if base is None else open_source(Path(base)).tensors
+    modules = [name.removesuffix(".weight") for name in listed]
+    opened = addressed(open_lora(Path(adapter), modules), reader, component)
+    return _summed([opened], [1.0], reader, stored, align=1)
+
+
+def _summed(
+    opened: Sequence[Adapter],
+    weights: Sequence[float],
+    reader: Consumer,
     dtype: str | None,
-    rest_bytes: int,
-    consumer: Consumer,
-) -> dict[str, Choice]:
+    align: int,
+) -> MergeBrief:
+    check_mergeable(opened)
+    sums = sums_of(opened, weights)
+    check_held_by(reader, opened, sums)
+    rest = sum(opened[0].source.tensors[name].nbytes for name in opened[0].whole.values())
+    rest += sum(one.bias_bytes(dtype) for one in sums.values())
+    rest += reader.extra_bytes(len(sums))
+    terms = Terms("ba", align, rest, additive=True)
+    return MergeBrief(opened, weights, sums, None, terms, reader, dtype)
+
+
+def choose_ranks(brief: MergeBrief, workers: Workers) -> dict[str, Choice]:
     """Returns the policy's ranks, from the singular values of the exact sums."""
-    items = {name: one.item(dtype) for name, one in sums.items()}
-    terms = Terms("ba", align, rest_bytes, additive=True)
-    policy = _against_given(policy, sums)
-    if consumer.uniform:
-        policy = one_rank(policy, items, terms)
+    sums, policy = brief.sums, brief.policy
+    if policy is None:
+        return {name: Choice(one.given) for name, one in sums.items()}
     tasks = [Task(name, (one,), one.seconds) for name, one in sums.items()]
+    if isinstance(policy, AutoRank):
+        ranks = dict(workers.map(RankOf(), tasks, "finding ranks"))
+        return {name: Choice(rank) for name, rank in ranks.items()}
     spectra = dict(workers.map(SpectrumOf(), tasks, "decomposing"))
-    chosen = policy.choose(items, spectra, terms)
+    chosen = policy.choose(brief.items, spectra, brief.terms)
     return {
         name: Choice(min(choice.rank or 0, sums[name].rank), choice.reason)
         for name, choice in chosen.items()
@@ -80,20 +162,14 @@ def choose_ranks(
 
 
 def write_merged(
-    adapters: Sequence[Adapter],
-    sums: Mapping[str, Sum],
-    choices: Mapping[str, Choice],
-    job: Job,
-    workers: Workers,
-    *,
-    dtype: str | None,
-    consumer: Consumer,
-    exactly: bool = False,
+    brief: MergeBrief, choices: Mapping[str, Choice], job: Job, workers: Workers
 ) -> Certificate:
     """Lays the file out, fills it in any order, and certifies it.
 
-    `exactly`: of one adapter, as it is in another form; its factors are copied, not decomposed.
+    Without a policy factors are copied, not decomposed.
     """
+    adapters, sums, consumer, dtype = brief.adapters, brief.sums, brief.consumer, brief.dtype
+    exactly = brief.policy is None
     first = adapters[0]
     _check_something_left(sums, choices, dtype)
     check_largest(consumer, {name: choice.rank or 0 for name, choice in choices.items()})
@@ -139,11 +215,6 @@ def check_held_by(consumer: Consumer, adapters: Sequence[Adapter], sums: Mapping
     check_held(consumer, entries, [*adapters[0].whole, *(f"the bias of {X}" for X in biases)])
 
 
-def as_given(sums: Mapping[str, Sum]) -> dict[str, Choice]:
-    """Returns the ranks of one adapter as its factors have them."""
-    return {name: Choice(one.summands[0].part.rank) for name, one in sums.items()}
-
-
 def rounding_remarks(filled: Iterable[Filled]) -> list[str]:
     """Returns what a change of scale took, where it is no power of two."""
     errors = [one.record.relative_error for one in filled if one.record]
@@ -162,12 +233,15 @@ def _check_something_left(
 ) -> None:
     """No adapter is written that no loader takes, and no bias goes with its module."""
     if not any(choice.rank for choice in choices.values()):
-        raise UsageError("the budget leaves no module a rank: there would be no adapter. Raise it.")
+        raise UsageError(
+            "no module is left a rank, and so no adapter: the budget is too small for any, or the "
+            "adapters cancel each other. Raise it, or change the weights."
+        )
     for name, one in sums.items():
         if not choices[name].rank and one.bias_bytes(dtype):
             raise UsageError(
-                f"the budget leaves {printable(name)} rank 0, and the bias that the adapter adds "
-                "there would be lost: raise it."
+                f"{printable(name)} is left rank 0, and the bias that the adapter adds there would "
+                "be lost: raise the budget, or choose a rank."
             )
 
 

@@ -53,6 +53,10 @@ class Targets:
     dtypes: Mapping[str, str]  # of the factors, by tensor
     statistics: Statistics | None = None  # whose metric the matrices are approximated in
 
+    def is_weighted(self, name: str) -> bool:
+        """Returns whether a matrix is approximated in a metric that statistics make."""
+        return self.statistics is not None and name in self.statistics.document.matrices
+
     @property
     def requests(self) -> dict[str, Request]:
         """How far each matrix is to be decomposed; the others are refused."""
@@ -169,16 +173,20 @@ def inputs_of(targets: Targets) -> list[Path]:
 
 def resources_for(targets: Targets, *, workers: int | None, threads: int | None) -> int:
     """Returns how many workers decompose, so that each has its threads and its memory."""
-    peaks = {
+    return spread(peaks_of(targets), targets.matrices, workers=workers, threads=threads)
+
+
+def peaks_of(targets: Targets) -> dict[str, int]:
+    """Returns the most memory that decomposing each matrix may take."""
+    return {
         name: peak_bytes(
             targets.matrices[name],
             request,
             targets.items[name].dense_itemsize,
-            weighted=targets.statistics is not None,
+            weighted=targets.is_weighted(name),
         )
         for name, request in targets.requests.items()
     }
-    return spread(peaks, targets.matrices, workers=workers, threads=threads)
 
 
 def spread(
@@ -303,24 +311,37 @@ def barred_items(
         if name not in known
     }
     if len(barred) == len(items):
-        raise CheckpointError(
-            f"{printable(statistics.folder)} holds no statistics of any matrix that is to be "
-            "factored: calibrate this model."
-        )
+        raise nothing_known(statistics)
     return barred
+
+
+def nothing_known(statistics: Statistics) -> CheckpointError:
+    """Returns the error for statistics of other matrices altogether."""
+    return CheckpointError(
+        f"{printable(statistics.folder)} holds no statistics of any matrix that is to be "
+        "factored: calibrate this model."
+    )
 
 
 def is_in_nats(items: Mapping[str, Item], statistics: Statistics) -> bool:
     """Returns whether every matrix that is not barred has the loss's curvature."""
     known = statistics.document.matrices
-    return all(item.barred or known[name].curvature != "none" for name, item in items.items())
+    return all(
+        item.barred or (name in known and known[name].curvature != "none")
+        for name, item in items.items()
+    )
 
 
 def statistics_remarks(targets: Targets) -> list[str]:
     """Returns what the statistics leave in doubt, or what it costs to have none."""
     if targets.statistics is None:
         return [WITHOUT_STATISTICS] if _is_language_model(targets.source) else []
-    document, names = targets.statistics.document, targets.requests
+    return width_remarks(targets.statistics, [*targets.requests])
+
+
+def width_remarks(statistics: Statistics, names: Sequence[str]) -> list[str]:
+    """Returns what the text left in doubt of some matrices that the statistics know."""
+    document = statistics.document
     short: dict[str, tuple[int, int]] = {}
     for name in names:
         known = document.matrices[name]

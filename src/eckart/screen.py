@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +20,7 @@ from eckart.certificate import (
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.statistics import Statistics
 from eckart.consumers import CONSUMERS
+from eckart.forecast import AdapterPlan, PlannedMatrix
 from eckart.verification import Check, Fit
 
 WIDE = 130
@@ -60,9 +61,36 @@ def inspection_table(report: InspectionReport, width: int) -> Group:
 
 def plan_table(plan: Plan) -> Group:
     """Returns what `compress --dry-run` shows."""
-    names = [row.name for row in plan.matrices]
+    others = f"{len(plan.copied)} other tensors are copied as they are"
+    return Group(_planned(plan.matrices), Text(others, "dim"))
+
+
+def adapter_plan_table(plan: AdapterPlan) -> Group:
+    """Returns what the commands of adapters show of `--dry-run`."""
+    lines: list[RenderableType] = [_planned(plan.matrices)] if plan.matrices else []
+    rows = [("whole", name, "") for name in plan.whole]
+    rows += [("lost, if it differs", name, why) for name, why in plan.lost.items()]
+    if rows:
+        grid = Table.grid(padding=(0, 2))
+        for title, name, why in rows[:SHOWN]:
+            grid.add_row(Text(title, "dim"), Text(printable(name)), Text(printable(why), "dim"))
+        if len(rows) > SHOWN:
+            grid.add_row(Text(f"… {len(rows) - SHOWN} more: see --json", "dim"))
+        lines.append(grid)
+    sizes = [
+        ("to read", plan.read_bytes, ""),
+        ("to write", plan.output_bytes, f"at most, of {plan.free_bytes:,} that are free"),
+        ("meanwhile", plan.work_bytes, "of decompositions, at most"),
+        ("memory", plan.peak_bytes, f"at most, with {plan.workers} at a time"),
+    ]
+    lines += [Text(f"{what:10} {size:>16,} bytes {why}") for what, size, why in sizes if size]
+    return Group(*lines)
+
+
+def _planned(matrices: Sequence[PlannedMatrix]) -> Table:
+    names = [row.name for row in matrices]
     table = _table(names, ("shape", "rank", "parameters", "why"))
-    for row, short in zip(plan.matrices, _short(names), strict=True):
+    for row, short in zip(matrices, _short(names), strict=True):
         low, high = row.ranks
         ranks = "dense" if high == 0 else str(high) if low == high else f"{low}–{high}"
         before, after = row.parameters
@@ -70,7 +98,7 @@ def plan_table(plan: Plan) -> Group:
         why = row.reason.removeprefix("dense: ")
         parameters = f"{before:,} → {at_most}{after:,}" if high else f"{before:,}"
         table.add_row(short, _shape(row.shape), ranks, parameters, why)
-    return Group(table, Text(f"{len(plan.copied)} other tensors are copied as they are", "dim"))
+    return table
 
 
 def certificate_table(certificate: Certificate, width: int) -> Group:
@@ -96,12 +124,17 @@ def certificate_table(certificate: Certificate, width: int) -> Group:
 def adapter_table(certificate: Certificate, width: int) -> Group:
     """Returns the rows of an adapter's certificate, what is whole or lost and why, and totals."""
     names = [row.name for row in certificate.matrices]
-    columns = ("shape", "rank", "of the change", "parameters", "error", "optimum")
-    shown = columns if width >= MIDDLE else columns[:5]
+    columns = ["shape", "rank", "of the change", "parameters", "error", "optimum"]
+    if certificate.statistics is not None:
+        columns[5:] = ["in the metric", "optimum"]
+    shown = columns if width >= MIDDLE else columns[:-1]
     table = _table(names, shown)
     for row, short in zip(certificate.matrices, _short(names), strict=True):
         shape, rank, _, parameters, error, optimum, _ = _record(row)
-        cells = (shape, rank, _share(row.energy_share), parameters, error, optimum)
+        weighted = "–" if row.metric_error is None else f"{row.metric_error:.3g}"
+        cells = [shape, rank, _share(row.energy_share), parameters, error, optimum]
+        if certificate.statistics is not None:
+            cells[5:] = [weighted, optimum]
         table.add_row(short, *cells[: len(shown)])
     lines = [table]
     lines += [*_apart("whole", certificate.stored_whole), *_apart("lost", certificate.lost)]
@@ -139,7 +172,7 @@ def _change(certificate: Certificate) -> Text:
             f"{1 - change.relative_error**2:.2%} of the change is carried: error "
             f"{change.relative_error:.3g} of ‖tuned − base‖, {change.lost:.2%} lost"
         )
-    return Text("\n".join(lines))
+    return Text("\n".join([*lines, *_loss(certificate.loss)]))
 
 
 def applied_table(certificate: Certificate) -> Group:

@@ -8,9 +8,9 @@ import torch
 
 from eckart.errors import NonFiniteError, ShapeError, UsageError
 from eckart.linalg.exact import exact_svd
-from eckart.linalg.factors import factorize, pivot
+from eckart.linalg.factors import Factors, factorize, pivot
 from eckart.linalg.matrices import random_low_rank
-from eckart.linalg.rank import matrix_rank, numerical_rank
+from eckart.linalg.rank import matrix_rank, numerical_rank, product_rank
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -213,3 +213,33 @@ def test_worked_example_outputs_and_parameters(W):
     assert (W.numel(), factors.parameters, short.parameters) == (100, 40, 36)
     assert torch.allclose(W @ x + b, factors.apply(x) + b, atol=1e-5)
     assert torch.allclose(W @ x + b, short.apply(x) + b, atol=1e-5)
+
+
+@pytest.mark.parametrize(("m", "n", "r"), [(40, 30, 5), (1, 9, 1), (300, 20, 20), (64, 512, 32)])
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_a_product_has_the_rank_of_its_terms(copies, r, m, n, dtype):
+    """However often they are given, at whatever scale of either side, of half precision too."""
+    g = torch.Generator().manual_seed(m + r)
+    B, A = torch.randn(m, r, generator=g).to(dtype), torch.randn(r, n, generator=g).to(dtype)
+    weights = torch.rand(copies, generator=g, dtype=torch.float64) * 10.0 ** torch.arange(copies)
+    exponents = 10.0 ** torch.linspace(-8, 8, r, dtype=torch.float64)
+    given = Factors(
+        torch.cat([weight * B.double() * exponents for weight in weights], 1),
+        torch.cat([A.double() / exponents[:, None]] * copies),
+    )
+
+    assert product_rank(given) == r
+    assert product_rank(given.padded(given.rank + 3)) == r
+
+
+def test_what_cancels_is_no_rank():
+    """Terms of size 1 whose sum is zero, or of rank 1: rounding is not counted."""
+    g = torch.Generator().manual_seed(0)
+    B, A = torch.randn(50, 6, generator=g).double(), torch.randn(6, 40, generator=g).double()
+    b, a = torch.randn(50, 1, generator=g).double(), torch.randn(1, 40, generator=g).double()
+    nothing = Factors(torch.cat([0.1 * B, -0.1 * B], 1), torch.cat([A, A]))
+    little = Factors(torch.cat([0.3 * B, 1e-9 * b, -0.3 * B], 1), torch.cat([A, a, A]))
+
+    assert product_rank(nothing) == 0
+    assert product_rank(little) == 1
+    assert product_rank(Factors(0 * B, A)) == 0

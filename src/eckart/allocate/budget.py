@@ -45,11 +45,16 @@ class Menu:
 
     @classmethod
     def _additive(cls, item: Item, spectrum: Spectrum, terms: Terms, price: Price) -> "Menu":
-        """Σ_{i≤r} σᵢ² for every rank from 0, and for the largest, whatever `align` says."""
+        """Σ_{i≤r} σᵢ² for every rank from 0, and for the largest, whatever `align` says.
+
+        Where spectra are in metrics that do not compare, their shares of the change's energy.
+        """
         largest = min(terms.largest(item), len(spectrum.values))
         ranks = np.array([0, *range(terms.align, largest, terms.align), largest], int)
         costs = [0, *(price(item, int(rank)) for rank in ranks[1:])]
         worths = spectrum.energy - spectrum.tails.numpy()[ranks]
+        if item.energy is not None:
+            worths *= item.energy / (spectrum.energy or 1.0)
         return cls(ranks, np.array(costs, float), worths)
 
     def scaled(self, factor: float) -> "Menu":

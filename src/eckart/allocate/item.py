@@ -34,6 +34,7 @@ class Item:
     itemsize: int = 4  # … and of the factors
     known_rank: int | None = None  # above rounding, where it was looked for
     barred: str = ""  # why it stays dense, whatever the policy
+    energy: float | None = None  # of a change whose spectrum does not compare with others'
 
     @property
     def dense_parameters(self) -> int:

@@ -91,7 +91,7 @@ class FixedRank(RankPolicy):
 
 @dataclass(frozen=True, slots=True)
 class AutoRank(RankPolicy):
-    """Every matrix takes the rank that was found in it above rounding: `Item.known_rank`."""
+    """Every matrix takes the rank that was found in it, above rounding: `Item.known_rank`."""
 
     name: ClassVar[str] = "rank"
     value: str = "auto"
@@ -110,7 +110,12 @@ class AutoRank(RankPolicy):
         return BELOW_FLOOR
 
     def check(self, items: Mapping[str, Item], terms: Terms) -> None:
-        """Any sizes will do."""
+        """Any sizes will do, but the rank that is there is a multiple of 1 only."""
+        if terms.align > 1:
+            raise UsageError(
+                f"--rank auto takes the rank that is there, whatever it is a multiple of: leave "
+                f"--align {terms.align} out, or choose --rank R."
+            )
 
     def choose(
         self, items: Mapping[str, Item], spectra: Mapping[str, Spectrum], terms: Terms
@@ -183,9 +188,10 @@ class Budget(RankPolicy):
 
     Keeping component i of a matrix is worth σᵢ²/2 nats per token where the metric has the loss's
     curvature, else mn·σᵢ²/‖W‖_F² (what a matrix loses counts in proportion to its size), and costs
-    its unit; *dense* is among the choices. What was added to a matrix is worth its energy, σᵢ²,
-    and *nothing* is among the choices. One Lagrange multiplier, bisected, then a greedy fill of
-    what is left. Never above the budget.
+    its unit; *dense* is among the choices. What was added to a matrix is worth its energy, σᵢ²
+    (in nats twice what it is worth), and *nothing* is among the choices; in metrics without the
+    curvature, σᵢ²/Σσ² of the change's plain energy. One Lagrange multiplier, bisected, then a
+    greedy fill of what is left. Never above the budget.
     """
 
     value: float

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import msgspec
 
 from eckart.allocate import Choice
-from eckart.assemble.certification import file_records, run_of, versions
+from eckart.assemble.certification import (
+    file_records,
+    predicted_loss,
+    run_of,
+    statistics_record,
+    versions,
+)
 from eckart.assemble.checkpoints import entry_of
 from eckart.assemble.filling import Copy, Factor, Filled, Filler, Order
 from eckart.assemble.job import Job
@@ -15,12 +21,15 @@ from eckart.certificate import (
     Certificate,
     Change,
     FactoredEntry,
+    Loss,
     MatrixRecord,
+    MetricName,
     ShareRow,
     SourceRecord,
     TiedRow,
     Totals,
 )
+from eckart.certificate import Delta as DeltaRecord
 from eckart.checkpoint.delta import Delta
 from eckart.checkpoint.documents import indented_json
 from eckart.checkpoint.header import DTYPES, TensorInfo, read_header
@@ -30,6 +39,7 @@ from eckart.checkpoint.writer import CERTIFICATE
 from eckart.comparison import Changes
 from eckart.consumers import CONSUMERS, Consumer
 from eckart.decompose import Decomposition
+from eckart.decompose.weighting import metric_kind
 from eckart.families import is_routed_expert, is_tied_to_head
 from eckart.formats import peft
 from eckart.formats.forms import AdapterForm
@@ -54,7 +64,14 @@ class AdapterAssembly:
         """Lays the file out in the staged folder; returns the unit that fills it, and the file."""
         files = lay_out_file(job.staged / self.form.weights, self.layout)
         filler = Filler(
-            self.delta, self.delta.tuned, files, self.layout, job.seed, job.threads, self.form
+            self.delta,
+            self.delta.tuned,
+            files,
+            self.layout,
+            job.seed,
+            job.threads,
+            self.form,
+            job.statistics,
         )
         return filler, files
 
@@ -115,6 +132,8 @@ def certify_adapter(
     filled: Iterable[Filled],
     *,
     matrices: Mapping[str, Matrix],
+    decompositions: Mapping[str, Decomposition],
+    evidence: Mapping[str, DeltaRecord],
     lost: Mapping[str, str],
     remarks: Sequence[str] = (),
 ) -> Certificate:
@@ -124,9 +143,13 @@ def certify_adapter(
     records = [one.record for one in filled if one.record]
     for name in matrices.keys() - assembly.entries.keys() - lost.keys():
         info = changes.tuned.tensors[name]
-        records.append(dropped(entry_of(matrices[name], 0), info.dtype, name, info.parameters))
+        record = dropped(entry_of(matrices[name], 0), info.dtype, name, info.parameters)
+        kind = metric_kind(job.statistics, name)
+        records.append(_dropped_in(kind, record, decompositions.get(name)))
     records = [
-        msgspec.structs.replace(record, energy_share=shares[record.name])
+        msgspec.structs.replace(
+            record, energy_share=shares[record.name], delta=evidence.get(record.name)
+        )
         for record in sorted(records, key=lambda record: record.name)
     ]
     tuned, base = changes.tuned, changes.base
@@ -135,6 +158,7 @@ def certify_adapter(
         kind="adapter",
         source=SourceRecord(name=tuned.name, fingerprint=ours),
         base=SourceRecord(name=base.name, fingerprint=theirs),
+        statistics=statistics_record(job),
         options=job.options,
         versions=versions(),
         files=file_records(job.staged),
@@ -145,6 +169,7 @@ def certify_adapter(
         lost=[_share(name, why, shares) for name, why in sorted(lost.items())],
         unchanged=sorted(changes.unchanged),
         factored={peft.module_of(name): entry for name, entry in assembly.entries.items()},
+        loss=Loss(predicted=None if lost else predicted_loss(records)),
         totals=adapter_totals(
             tuned.tensors, read_header(job.staged / assembly.form.weights), records
         ),
@@ -211,6 +236,16 @@ def dropped(entry: FactoredEntry, dtype: str, name: str, parameters: int) -> Mat
         method="none",
         tail=[],
     )
+
+
+def _dropped_in(
+    kind: MetricName, record: MatrixRecord, known: Decomposition | None
+) -> MatrixRecord:
+    """The same in the metric: all of what it weighs is missed."""
+    if known is None or kind == "frobenius":
+        return record
+    loss = None if kind == "inputs" else known.spectrum.energy / 2
+    return msgspec.structs.replace(record, metric=kind, metric_error=1.0, loss=loss)
 
 
 def _share(name: str, reason: str, shares: Mapping[str, float]) -> ShareRow:

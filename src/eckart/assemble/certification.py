@@ -61,7 +61,7 @@ def certify(
     certificate = Certificate(
         kind=kind,
         source=SourceRecord(name=source.name, fingerprint=source.fingerprint(digests)),
-        statistics=_statistics(job),
+        statistics=statistics_record(job),
         options=job.options,
         versions=versions(),
         files=file_records(job.staged),
@@ -88,7 +88,8 @@ def predicted_loss(records: Iterable[MatrixRecord]) -> float | None:
     return math.fsum(known) if known and len(known) == len(losses) else None
 
 
-def _statistics(job: Job) -> StatisticsRecord | None:
+def statistics_record(job: Job) -> StatisticsRecord | None:
+    """Returns which statistics made the metric."""
     if job.statistics is None:
         return None
     folder = job.statistics.folder

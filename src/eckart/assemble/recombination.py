@@ -38,6 +38,7 @@ from eckart.formats.forms import AdapterForm
 from eckart.formats.pipelines import entry_of
 from eckart.linalg.arrays import check_finite
 from eckart.linalg.factors import Factors, product_energy, product_spectrum, recompress, split
+from eckart.linalg.rank import product_rank
 from eckart.linalg.residual import rounded_up
 from eckart.linalg.spectrum import Spectrum
 
@@ -69,7 +70,12 @@ class Sum:
     @property
     def rank(self) -> int:
         """At most."""
-        return min(sum(one.part.rank for one in self.summands), *self.shape)
+        return min(self.given, *self.shape)
+
+    @property
+    def given(self) -> int:
+        """The rank of all factors side by side."""
+        return sum(one.part.rank for one in self.summands)
 
     @property
     def count(self) -> int:
@@ -79,7 +85,7 @@ class Sum:
     @property
     def parameters(self) -> int:
         """Of the factors that are given."""
-        return self.count * sum(one.part.rank for one in self.summands) * sum(self.shape)
+        return self.count * self.given * sum(self.shape)
 
     @property
     def seconds(self) -> float:
@@ -163,6 +169,18 @@ class SpectrumOf:
         with on_threads(one.shape, self.threads):
             found = [product_spectrum(one.factors(i), one.name) for i in range(one.count)]
         return together(found)
+
+
+@dataclass(frozen=True, slots=True)
+class RankOf:
+    """Finds the numerical rank of one sum."""
+
+    threads: int | None = None
+
+    def __call__(self, one: Sum) -> int:
+        """Of experts, which share a rank, the largest. Cost: that of `SpectrumOf`."""
+        with on_threads(one.shape, self.threads):
+            return max(product_rank(one.factors(i), one.name) for i in range(one.count))
 
 
 def together(spectra: Sequence[Spectrum]) -> Spectrum:

@@ -5,11 +5,12 @@ Knows files and shapes; must not know how the moments were found, nor what they 
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import torch
 from torch import Tensor
 
 from eckart.checkpoint.documents import canonical_json, parse_json
@@ -108,15 +109,27 @@ class Document(Entry, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows begin … end − 1 of a matrix that there are statistics of."""
+
+    name: str
+    index: int | None  # in a stack of experts
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class Statistics:
     """The statistics in a folder: what they are of, and C and G of each matrix on demand.
 
-    Matrices have the names of the checkpoint's tensors.
+    Matrices have the names of the checkpoint's tensors, or, with `parts`, of what those are put
+    together to: of each of its matrices, whose rows it has.
     """
 
     folder: Path
     document: Document
     _places: Checkpoint
+    parts: Mapping[str, tuple[tuple[Rows, ...], ...]] = field(default_factory=dict[str, Any])
 
     @property
     def digest(self) -> str:
@@ -150,13 +163,25 @@ class Statistics:
     def curvature(self, name: str, index: int = 0) -> Tensor | None:
         """Returns G = Σ g gᵀ / tokens of a matrix: m×m, its diagonal m, or None; float32.
 
-        g is the derivative of the summed loss by the matrix's output.
+        g is the derivative of the summed loss by the matrix's output. Between rows that were
+        stored in two tensors nothing of G is known, and it is taken to be zero: each of the two is
+        then weighed as it is alone.
         """
         entry = self._entry(name, index)
         if entry.curvature == "none":
             return None
-        G = self._load(f"{name}.G")
-        return G[index] if entry.count > 1 else G
+        if name not in self.parts:
+            G = self._load(f"{name}.G")
+            return G[index] if entry.count > 1 else G
+        blocks = [self._cut(rows, entry.curvature) for rows in self.parts[name][index]]
+        return torch.cat(blocks) if entry.curvature == "diagonal" else torch.block_diag(*blocks)
+
+    def _cut(self, rows: Rows, curvature: Curvature) -> Tensor:
+        """What G says of some rows of a matrix."""
+        G = self._load(f"{rows.name}.G")
+        G = G if rows.index is None else G[rows.index]
+        G = G[rows.begin : rows.end]
+        return G[:, rows.begin : rows.end] if curvature == "full" else G
 
     def _entry(self, name: str, index: int) -> Moments:
         if name not in self.document.matrices:

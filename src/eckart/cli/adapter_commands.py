@@ -17,6 +17,7 @@ from eckart.cli.options import (
     Component,
     ConsumerOption,
     Device,
+    DryRun,
     Exclude,
     FactorDtype,
     For,
@@ -27,6 +28,7 @@ from eckart.cli.options import (
     Quiet,
     Seed,
     ShardSize,
+    StatisticsFolder,
     Threads,
     Workers,
     byte_count,
@@ -42,9 +44,7 @@ def extract(
     tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The fine-tuned checkpoint.")],
     base: Annotated[Path, typer.Option("--base", metavar="BASE", help="What it was tuned from.")],
     output: Out,
-    rank: Annotated[
-        str | None, typer.Option(metavar="R|auto", help="The same for all, or as each change has.")
-    ] = None,
+    rank: AdapterRank = None,
     energy: AdapterEnergy = None,
     error: AdapterError = None,
     keep: Annotated[
@@ -54,6 +54,7 @@ def extract(
     align: Align = 1,
     consumer: For = ConsumerOption.peft,
     component: Component = None,
+    statistics: StatisticsFolder = None,
     store_whole: Annotated[
         str, typer.Option(metavar="KINDS", help="Of norms,biases,embeddings: stored exactly.")
     ] = "",
@@ -74,42 +75,50 @@ def extract(
         bool, typer.Option("--keep-work", help="Keep OUT.eckart-work for another budget.")
     ] = False,
     allow_pickle: AllowPickle = False,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     force: Force = False,
 ) -> None:
     """Tuned − base → a LoRA adapter. One of --rank, --energy, --error, --keep, --size."""
-    warm_up(workers)
-    from eckart import adaptation
+    warm_up(1 if dry_run else workers)
+    from eckart import adaptation, adapter_plans
     from eckart.screen import adapter_table
 
-    size_bytes = None if size is None else byte_count(size, "--size")
+    asked: dict[str, Any] = {
+        "rank": rank_of(rank),
+        "energy": energy,
+        "error": error,
+        "keep": keep,
+        "size": None if size is None else byte_count(size, "--size"),
+        "align": align,
+        "consumer": consumer.value,
+        "component": component,
+        "statistics": statistics,
+        "store_whole": [kind.strip() for kind in store_whole.split(",") if kind.strip()],
+        "include": include or (),
+        "exclude": exclude or (),
+        "dtype": dtype,
+        "device": device,
+        "workers": workers,
+        "threads": threads,
+        "allow_pickle": allow_pickle,
+        "force": force,
+    }
+    if dry_run:
+        plan = adapter_plans.plan_extraction(tuned, base, output, **asked)
+        _show_plan(plan, json=json, quiet=quiet)
+        return
     with watching(quiet=quiet or json) as progress:
         certificate = adaptation.extract(
             tuned,
             base,
             output,
-            rank=rank_of(rank),
-            energy=energy,
-            error=error,
-            keep=keep,
-            size=size_bytes,
-            align=align,
-            consumer=consumer.value,
-            component=component,
-            store_whole=[kind.strip() for kind in store_whole.split(",") if kind.strip()],
+            **asked,
             accept_loss=accept_loss,
-            include=include or (),
-            exclude=exclude or (),
-            dtype=dtype,
             seed=seed,
-            device=device,
-            workers=workers,
-            threads=threads,
             work=work,
             keep_work=keep_work,
-            allow_pickle=allow_pickle,
-            force=force,
             progress=progress,
         )
     if json:
@@ -117,7 +126,9 @@ def extract(
     elif not quiet:
         print_table(adapter_table(certificate, console().width))
         say_all(certificate.remarks)
-        say(f"wrote {output}; prove it: eckart verify {output} --against {tuned} --base {base}")
+        given = f" --statistics {statistics}" if statistics else ""
+        proof = f"eckart verify {output} --against {tuned} --base {base}{given}"
+        say(f"wrote {output}; prove it: {proof}")
 
 
 @app.command()
@@ -137,23 +148,29 @@ def resize(
     dtype: FactorDtype = None,
     workers: Workers = None,
     threads: Threads = None,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     force: Force = False,
 ) -> None:
     """Another rank for a LoRA adapter. One of --rank, --energy, --error, --keep, --size."""
-    warm_up(workers)
-    policy = {"rank": rank, "energy": energy, "error": error, "keep": keep, "size": size}
-    settings = {
+    warm_up(1 if dry_run else workers)
+    policy = {
+        "rank": rank_of(rank),
+        "energy": energy,
+        "error": error,
+        "keep": keep,
+        "size": size,
+    }
+    settings: dict[str, Any] = {
         "align": align,
         "consumer": consumer.value,
         "component": component,
         "dtype": dtype,
-        "workers": workers,
-        "threads": threads,
         "force": force,
     }
-    _merge([adapter], output, None, policy, settings, json=json, quiet=quiet)
+    run: dict[str, Any] = {"workers": workers, "threads": threads}
+    _merge([adapter], output, policy | settings, run, dry_run=dry_run, json=json, quiet=quiet)
 
 
 @app.command()
@@ -176,46 +193,53 @@ def merge(
     dtype: FactorDtype = None,
     workers: Workers = None,
     threads: Threads = None,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     force: Force = False,
 ) -> None:
-    """The weighted sum of LoRA adapters as one. --error 0 is exact, up to rounding."""
-    warm_up(workers)
-    policy = {"rank": rank, "energy": energy, "error": error, "keep": keep, "size": size}
-    settings = {
+    """The weighted sum of LoRA adapters as one. --rank auto is exact, up to rounding."""
+    warm_up(1 if dry_run else workers)
+    policy = {
+        "rank": rank_of(rank),
+        "energy": energy,
+        "error": error,
+        "keep": keep,
+        "size": size,
+    }
+    settings: dict[str, Any] = {
         "align": align,
         "consumer": consumer.value,
         "component": component,
         "dtype": dtype,
-        "workers": workers,
-        "threads": threads,
         "force": force,
     }
-    _merge(
-        adapters, output, numbers(weights, "--weights"), policy, settings, json=json, quiet=quiet
-    )
+    run: dict[str, Any] = {"workers": workers, "threads": threads}
+    settings |= {"weights": numbers(weights, "--weights")}
+    _merge(adapters, output, policy | settings, run, dry_run=dry_run, json=json, quiet=quiet)
 
 
 def _merge(
     adapters: Sequence[Path],
     output: Path,
-    weights: Sequence[float] | None,
-    policy: dict[str, Any],
-    settings: dict[str, Any],
+    asked: dict[str, Any],
+    run: dict[str, Any],
     *,
+    dry_run: bool,
     json: bool,
     quiet: bool,
 ) -> None:
-    from eckart import adaptation
+    from eckart import adaptation, adapter_plans
     from eckart.screen import merged_table
 
-    if (size := policy["size"]) is not None:
-        policy["size"] = byte_count(size, "--size")
+    if (size := asked["size"]) is not None:
+        asked["size"] = byte_count(size, "--size")
+    if dry_run:
+        plan = adapter_plans.plan_merge(adapters, output, **asked, **run)
+        _show_plan(plan, json=json, quiet=quiet)
+        return
     with watching(quiet=quiet or json) as progress:
-        certificate = adaptation.merge(
-            adapters, output, weights=weights, **policy, **settings, progress=progress
-        )
+        certificate = adaptation.merge(adapters, output, **asked, **run, progress=progress)
     if json:
         print_json(certificate.document())
     elif not quiet:
@@ -238,28 +262,31 @@ def convert(
     dtype: FactorDtype = None,
     workers: Workers = None,
     threads: Threads = None,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     force: Force = False,
 ) -> None:
     """A LoRA adapter in the form that another loader takes: exact, without an SVD."""
-    warm_up(workers)
-    from eckart import conversion
+    warm_up(1 if dry_run else workers)
+    from eckart import adapter_plans, conversion
     from eckart.screen import merged_table
 
+    asked: dict[str, Any] = {
+        "consumer": consumer.value,
+        "component": component,
+        "base": base,
+        "dtype": dtype,
+        "workers": workers,
+        "threads": threads,
+        "force": force,
+    }
+    if dry_run:
+        plan = adapter_plans.plan_conversion(adapter, output, **asked)
+        _show_plan(plan, json=json, quiet=quiet)
+        return
     with watching(quiet=quiet or json) as progress:
-        certificate = conversion.convert(
-            adapter,
-            output,
-            consumer=consumer.value,
-            component=component,
-            base=base,
-            dtype=dtype,
-            workers=workers,
-            threads=threads,
-            force=force,
-            progress=progress,
-        )
+        certificate = conversion.convert(adapter, output, **asked, progress=progress)
     if json:
         print_json(certificate.document())
     elif not quiet:
@@ -283,28 +310,36 @@ def apply(
     workers: Workers = None,
     threads: Threads = None,
     allow_pickle: AllowPickle = False,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     force: Force = False,
 ) -> None:
     """Fold a LoRA adapter into its base: W + s·B·A, tensor by tensor."""
-    warm_up(workers)
-    from eckart import adaptation
+    warm_up(1 if dry_run else workers)
+    from eckart import adaptation, adapter_plans
     from eckart.screen import applied_table
 
     shard_bytes = byte_count(shard_size, "--shard-size")
+    asked: dict[str, Any] = {
+        "subtract": subtract,
+        "workers": workers,
+        "threads": threads,
+        "allow_pickle": allow_pickle,
+        "force": force,
+    }
+    if dry_run:
+        plan = adapter_plans.plan_application(adapter, base, output, **asked)
+        _show_plan(plan, json=json, quiet=quiet)
+        return
     with watching(quiet=quiet or json) as progress:
         certificate = adaptation.apply(
             adapter,
             base,
             output,
-            subtract=subtract,
+            **asked,
             other_base=other_base,
-            workers=workers,
-            threads=threads,
             shard_bytes=shard_bytes,
-            allow_pickle=allow_pickle,
-            force=force,
             progress=progress,
         )
     if json:
@@ -313,3 +348,13 @@ def apply(
         print_table(applied_table(certificate))
         say_all(certificate.remarks)
         say(f"wrote {output}; prove it: eckart verify {output} --against {adapter} --base {base}")
+
+
+def _show_plan(plan: Any, *, json: bool, quiet: bool) -> None:
+    from eckart.screen import adapter_plan_table
+
+    if json:
+        print_json(plan)
+    elif not quiet:
+        print_table(adapter_plan_table(plan))
+        say_all(plan.remarks)

@@ -13,6 +13,7 @@ from eckart.cli.options import (
     BatchFile,
     ConsumerOption,
     Device,
+    DryRun,
     Exclude,
     FactorDtype,
     Force,
@@ -24,6 +25,7 @@ from eckart.cli.options import (
     Seed,
     ShardSize,
     Source,
+    StatisticsFolder,
     TextFile,
     Threads,
     TokensFile,
@@ -123,9 +125,7 @@ def compress(
         FormOption, typer.Option(help="How factors are stored; auto: less error, by budget.")
     ] = FormOption.ba,
     align: Align = 1,
-    statistics: Annotated[
-        Path | None, typer.Option("--statistics", metavar="S", help="What calibrate wrote.")
-    ] = None,
+    statistics: StatisticsFolder = None,
     text: TextFile = None,
     tokens: TokensFile = None,
     include: Include = None,
@@ -143,7 +143,7 @@ def compress(
     ] = False,
     shard_size: ShardSize = "5GB",
     allow_pickle: AllowPickle = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read headers only.")] = False,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     force: Force = False,

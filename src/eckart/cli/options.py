@@ -76,11 +76,18 @@ BatchFile = Annotated[
     typer.Option("--batch", metavar="FILE", help="Forward's arguments by name, as safetensors."),
 ]
 
+StatisticsFolder = Annotated[
+    Path | None, typer.Option("--statistics", metavar="S", help="What calibrate wrote.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Read headers only; write nothing.")]
 FactorDtype = Annotated[
     str | None, typer.Option("--dtype", help="Of the factors; default: as what they stand for.")
 ]
 Align = Annotated[int, typer.Option("--align", help="Ranks in multiples of this.")]
-AdapterRank = Annotated[int | None, typer.Option("--rank", help="The same rank for every module.")]
+AdapterRank = Annotated[
+    str | None,
+    typer.Option("--rank", metavar="R|auto", help="The same for all, or as each module has."),
+]
 AdapterEnergy = Annotated[
     float | None, typer.Option("--energy", help="Fraction of each change to keep.")
 ]

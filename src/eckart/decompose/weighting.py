@@ -4,12 +4,13 @@ Knows statistics and tensors; must not know what is done in the metric.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
-from eckart.checkpoint.statistics import Statistics
+from eckart.checkpoint.statistics import Curvature, Statistics
 from eckart.errors import CheckpointError
-from eckart.linalg.metric import CURVATURE_DAMPING, INPUT_DAMPING, Metric
+from eckart.linalg.metric import CURVATURE_DAMPING, INPUT_DAMPING, Metric, MetricName
 from eckart.matrix import Matrix
 
 
@@ -20,15 +21,27 @@ def metric_of(
     *,
     device: torch.device | str = "cpu",
 ) -> Metric | None:
-    """Returns the metric of one matrix of a tensor; None without statistics.
+    """Returns the metric of one matrix of a tensor; None without statistics of it.
 
     FactorizationError where the text never used the matrix. Cost: reads and hashes C and G, and a
     Cholesky factorization of each in float64.
     """
-    if statistics is None:
+    if statistics is None or name not in statistics.document.matrices:
         return None
     C, G = statistics.inputs(name, index), statistics.curvature(name, index)
     return Metric.of(C.to(device), None if G is None else G.to(device), name=name)
+
+
+def metric_kind(statistics: Statistics | None, name: str) -> MetricName | Literal["frobenius"]:
+    """Returns what the metric of a tensor's matrices is called."""
+    if statistics is None or name not in statistics.document.matrices:
+        return "frobenius"
+    kinds: dict[Curvature, MetricName] = {
+        "full": "curvature",
+        "diagonal": "diagonal curvature",
+        "none": "inputs",
+    }
+    return kinds[statistics.document.matrices[name].curvature]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The numerical rank of a matrix, by numpy's rule."""
+"""The numerical rank of a matrix, or of a product that is never formed, by numpy's rule."""
 
 import torch
 from jaxtyping import Float
@@ -7,6 +7,7 @@ from torch import Tensor
 from eckart.errors import ShapeError, UsageError
 from eckart.linalg.arrays import Array, as_tensor, check_finite
 from eckart.linalg.exact import singular_values
+from eckart.linalg.factors import Factors, product_spectrum
 
 
 def matrix_rank(
@@ -59,3 +60,24 @@ def numerical_rank(
     if rtol is None:
         rtol = max(shape) * torch.finfo(values.dtype).eps if atol is None else 0.0
     return int((values > max(atol or 0.0, float(values[0]) * rtol)).sum())
+
+
+def product_rank(factors: Factors, name: str = "product") -> int:
+    """Returns the numerical rank of B·A as the numbers are given, without forming the product.
+
+    The singular values above max(m, n)·ε·Σ_k ‖b_k‖‖a_k‖, over the columns of B and rows of A, with
+    float64's ε, in which the product of any stored factors is known. numpy's rule (`matrix_rank`)
+    has σ₁ in the place of the sum: but where terms cancel, rounding is of the size of the terms,
+    and may be all there is. Cost: that of `product_spectrum`.
+
+    >>> B, A = torch.ones(6, 1), torch.ones(1, 4)
+    >>> twice = Factors(torch.cat([B, B], 1), torch.cat([A, A]))
+    >>> nothing = Factors(torch.cat([B, -B], 1), torch.cat([A, A]))
+    >>> product_rank(twice), product_rank(nothing), product_rank(Factors(B, A).padded(3))
+    (1, 0, 1)
+    """
+    values = product_spectrum(factors, name).values.double()
+    widths = torch.linalg.vector_norm(factors.B.double(), dim=0)
+    terms = float(widths @ torch.linalg.vector_norm(factors.A.double(), dim=1))
+    rounding = max(factors.shape) * torch.finfo(torch.float64).eps * terms
+    return numerical_rank(values, factors.shape, atol=rounding)

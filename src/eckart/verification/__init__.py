@@ -209,8 +209,11 @@ def _checkpoint_alone(out: Path, written: Source, certificate: Certificate) -> I
 def _adapter_against(request: _Request, written: Source) -> Iterator[Check]:
     assert request.base is not None
     tuned, base = request.source(request.against[0]), request.source(request.base)
+    statistics = _open_known(request)
     with request.crew() as crew:
-        yield from checks_against_pair(written, tuned, base, request.certificate, crew)
+        yield from checks_against_pair(
+            written, tuned, base, request.certificate, crew, statistics=statistics
+        )
 
 
 def _applied_against(request: _Request, written: Source) -> Iterator[Check]:

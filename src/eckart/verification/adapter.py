@@ -17,22 +17,28 @@ from eckart.checkpoint.delta import Delta
 from eckart.checkpoint.documents import canonical_json, read_json
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
+from eckart.checkpoint.statistics import Statistics
 from eckart.checkpoint.tensor_file import TensorLayout
 from eckart.comparison import Changes
 from eckart.decompose.request import on_threads
+from eckart.decompose.weighting import Metrics, metric_kind
 from eckart.errors import CheckpointError, EckartError
 from eckart.execute import Task, Workers
 from eckart.formats import peft
 from eckart.formats.factored import matrix_of
 from eckart.formats.forms import AdapterForm, form_of
 from eckart.linalg.arrays import check_finite
-from eckart.pairing import alike, compare
+from eckart.matrix import Matrix
+from eckart.pairing import alike, compare, weighed
 from eckart.verification.against import check_matrix
-from eckart.verification.alone import check_optima
+from eckart.verification.alone import check_optima, metric_faults
 from eckart.verification.check import Check
 
 CLOSE = 1e-9
 """Of a share: sums in another order."""
+
+LOSS_ROUNDING = 1e-5
+"""Of a loss that stems from the float32 values of a decomposition."""
 
 
 def checks_alone(out: Path, written: Source, certificate: Certificate) -> Iterator[Check]:
@@ -51,7 +57,13 @@ def checks_alone(out: Path, written: Source, certificate: Certificate) -> Iterat
 
 
 def checks_against_pair(
-    written: Source, tuned: Source, base: Source, certificate: Certificate, workers: Workers
+    written: Source,
+    tuned: Source,
+    base: Source,
+    certificate: Certificate,
+    workers: Workers,
+    *,
+    statistics: Statistics | None = None,
 ) -> Iterator[Check]:
     """Yields what it does: every figure computed again from both models and the written file."""
     tuned, base = alike(tuned, base)
@@ -70,14 +82,14 @@ def checks_against_pair(
     yield accounts
     if not accounts.held:
         return
-    delta = changes.delta()
-    tasks = [
-        Task(record.name, (record.name, entry), product_seconds(entry))
-        for record in certificate.matrices
-        if (entry := certificate.factored.get(peft.module_of(record.name)))
-    ]
-    form = form_of(certificate, entries_of(certificate))
-    unit = _Measurer(delta, written, certificate.seed, form)
+    entries = entries_of(certificate)
+    if statistics is not None:
+        shapes = {row.name: Matrix(row.shape, row.orientation) for row in certificate.matrices}
+        statistics = weighed(statistics, tuned, shapes)
+        yield _check_metrics(changes.delta(), statistics, certificate, workers)
+    tasks = [Task(name, (name, entry), product_seconds(entry)) for name, entry in entries.items()]
+    form = form_of(certificate, entries)
+    unit = _Measurer(changes.delta(), written, certificate.seed, form, statistics)
     measured = dict(workers.map(unit, tasks, "measuring"))
     for record in certificate.matrices:
         if record.rank:
@@ -95,6 +107,7 @@ class _Measurer:
     written: Source
     seed: int
     form: AdapterForm
+    statistics: Statistics | None = None
 
     def __call__(self, name: str, entry: FactoredEntry) -> Measured:
         """Returns its errors. Peak memory: one matrix."""
@@ -104,7 +117,26 @@ class _Measurer:
             for i in range(matrix.count)
         )
         with on_threads(matrix.shape, None):
-            return measure(pairs, None, seed=self.seed, name=name)
+            metrics = Metrics(self.statistics, name)
+            return measure(pairs, None, metrics, seed=self.seed, name=name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Weigher:
+    """Measures what it costs to leave a difference out."""
+
+    delta: Delta
+    statistics: Statistics
+
+    def __call__(self, name: str, matrix: Matrix) -> float:
+        """Returns the nats per token, to second order. Peak memory: one matrix and its roots."""
+        metrics, found = Metrics(self.statistics, name), list[float]()
+        with on_threads(matrix.shape, None):
+            for index in range(matrix.count):
+                metric = metrics(index)
+                assert metric is not None, name
+                found.append(metric.energy(matrix.load(self.delta, name, index)) / 2)
+        return math.fsum(found)
 
 
 def check_claims(certificate: Certificate) -> Check:
@@ -124,6 +156,7 @@ def check_claims(certificate: Certificate) -> Check:
     faults += [f"{X} is described in two ways, or not at all" for X in sorted(dict(wrong))]
     if certificate.kind == "adapter" and certificate.change is None:
         faults.append("it says nothing of the change")
+    faults += metric_faults(certificate)
     return Check.of("claims", faults, "they agree with each other")
 
 
@@ -281,6 +314,29 @@ def _check_counts(written: Source, tuned: Source, certificate: Certificate) -> C
     if adapter_totals(tuned.tensors, written.tensors, certificate.matrices) != certificate.totals:
         faults.append("the totals are others")
     return Check.of("counts", faults, "parameters and bytes, of each matrix and in all")
+
+
+def _check_metrics(
+    delta: Delta, statistics: Statistics, certificate: Certificate, workers: Workers
+) -> Check:
+    """What the statistics know is in their metric, and what is left out costs what they say."""
+    weighted = [row for row in certificate.matrices if row.rank or row.metric != "frobenius"]
+    faults = [
+        f"{row.name} is in the metric of {row.metric}, not of {kind}"
+        for row in weighted
+        if row.metric != (kind := metric_kind(statistics, row.name))
+    ]
+    dropped = {row.name: row for row in weighted if not row.rank and row.loss is not None}
+    if not faults:
+        matrices = {name: Matrix(row.shape, row.orientation) for name, row in dropped.items()}
+        tasks = [Task(name, (name, matrix), 0.0) for name, matrix in matrices.items()]
+        found = dict(workers.map(_Weigher(delta, statistics), tasks, "measuring"))
+        faults += [
+            f"{name} costs {loss:.6g} nats per token without a rank, certified {dropped[name].loss}"
+            for name, loss in found.items()
+            if not math.isclose(loss, dropped[name].loss or 0.0, rel_tol=LOSS_ROUNDING)
+        ]
+    return Check.of("metrics", faults, f"{len(statistics.names)} matrices that statistics know")
 
 
 def _near(found: float, said: float | None) -> bool:

@@ -56,14 +56,17 @@ def check_claims(certificate: Certificate) -> Check:
         described = {module_of(record.name): _entry(record) for record in certificate.matrices}
         wrong = described.items() ^ certificate.factored.items()
         faults += [f"{X} is described in two ways, or not at all" for X in sorted(dict(wrong))]
-        faults += _metric_faults(certificate)
+        faults += metric_faults(certificate)
     elif certificate.factored or any(row.form != "dense" for row in certificate.matrices):
         faults.append("a dense checkpoint has no factored matrix")
     return Check.of("claims", faults, "they agree with each other")
 
 
-def _metric_faults(certificate: Certificate) -> list[str]:
-    """Where the metric of a matrix, its figures and the statistics do not fit each other."""
+def metric_faults(certificate: Certificate) -> list[str]:
+    """Returns where the metric of a matrix, its figures and the statistics contradict each other.
+
+    What is lost altogether is in no matrix's loss: nothing is predicted then.
+    """
     rows = certificate.matrices
     faults = [
         f"{row.name} does not say what it loses in its metric ({row.metric})"
@@ -73,7 +76,7 @@ def _metric_faults(certificate: Certificate) -> list[str]:
     ]
     if certificate.statistics is None and any(row.metric != "frobenius" for row in rows):
         faults.append("it names no statistics")
-    if certificate.loss.predicted != predicted_loss(rows):
+    if certificate.loss.predicted != (None if certificate.lost else predicted_loss(rows)):
         faults.append("the predicted loss is not the sum of its matrices'")
     return faults
 
