@@ -29,6 +29,7 @@ from eckart.compression import (
     write_assembly,
     write_factored,
 )
+from eckart.drift import follow
 from eckart.errors import CheckpointError, UsageError
 from eckart.execute import Progress, Silent, Task, Workers, workers_for
 from eckart.families import matrices
@@ -47,8 +48,8 @@ from eckart.planning import (
     with_base,
 )
 from eckart.selection import select
-from eckart.texts import open_text
-from eckart.trial import Trial, held_out
+from eckart.texts import Text, open_text
+from eckart.trial import Trial, fitted_to, held_out
 from eckart.verification import Check, TextOptions, check_files, verify_output
 
 PathLike = str | Path
@@ -155,7 +156,10 @@ def compress(
     without statistics is copied. With `text` or `tokens` too (see `calibrate`), a tenth of it is
     held out: what the model loses on it is measured, and several ways to spend a budget are
     compared on it (`eckart.allocate.candidates`), which takes eight forward passes a matrix, the
-    model in float32 in memory, and the `hf` extra. `out` appears whole or not at all. A run
+    model in float32 in memory, and the `hf` extra. On the rest the factors are then fitted, in
+    forward order, to what the compressed part of the model feeds them (`eckart.drift`), and are
+    taken where the tenth says so; not where an `error` or `energy` of each matrix is promised.
+    `out` appears whole or not at all. A run
     that was stopped goes on where it was when it is called again; with `work` (a folder) or
     `keep_work` its decompositions stay, and serve another budget in seconds.
 
@@ -176,19 +180,15 @@ def compress(
         allow_pickle=allow_pickle,
         statistics=Path(statistics) if statistics else None,
     )
-    trial = trial_of(
-        targets,
-        text=text,
-        tokens=tokens,
-        device=device,
-        threads=threads,
-        allow_pickle=allow_pickle,
+    given = text_of(targets, text=text, tokens=tokens)
+    trial = given and trial_of(
+        targets, given, device=device, threads=threads, allow_pickle=allow_pickle
     )
     count = resources_for(targets, workers=workers, threads=threads)
     source, target, named = targets.source, Path(out), Path(work) if work else None
     inputs = inputs_of(targets)
     check_output(target, inputs=inputs, force=force)
-    check_room(targets, target, named)
+    check_room(targets, target, named, fits=given is not None)
     options: Options = {
         policy.name: policy.value,
         "form": form,
@@ -218,21 +218,17 @@ def compress(
         with work_folder(run, named, job, targets) as work_done:
             decompose_all(work_done, targets, job, crew)
             selection = select(work_done, targets, job, crew, trial)
+            if trial is not None and given is not None:
+                selection = follow(
+                    work_done, selection, targets, job, trial, fitted_to(given), crew.watch
+                )
             certificate = write_factored(work_done, selection, targets, job, crew, trial)
         run.keep = keep_work and named is None
     return certificate
 
 
-def trial_of(
-    targets: Targets,
-    *,
-    text: PathLike | None,
-    tokens: PathLike | None,
-    device: str,
-    threads: int | None,
-    allow_pickle: bool,
-) -> Trial | None:
-    """Returns the model on the tenth that is held out of a text, where one is given."""
+def text_of(targets: Targets, *, text: PathLike | None, tokens: PathLike | None) -> Text | None:
+    """Returns the text that a compression is tried on, where one is given."""
     source = targets.source
     found = open_text(
         source.path,
@@ -247,9 +243,16 @@ def trial_of(
         )
     if source.folder is None:
         raise UsageError(f"{printable(source.path)} is no model's folder: leave the text out.")
+    return found
+
+
+def trial_of(
+    targets: Targets, text: Text, *, device: str, threads: int | None, allow_pickle: bool
+) -> Trial:
+    """Returns the model on the tenth that is held out of a text."""
     return Trial(
-        source,
-        held_out(found),
+        targets.source,
+        held_out(text),
         names=targets.requests,
         device=device,
         threads=threads,

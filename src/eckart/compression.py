@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from eckart.allocate import Choice
@@ -17,6 +16,7 @@ from eckart.allocate.budget import NOTHING
 from eckart.assemble.certification import Accounts, certify, versions
 from eckart.assemble.checkpoints import Assembly, factored_assembly
 from eckart.assemble.job import Job
+from eckart.assemble.multiplying import restored
 from eckart.assemble.sidecars import write_sidecars
 from eckart.certificate import Certificate, Kind, Loss
 from eckart.checkpoint.lock import locked
@@ -48,10 +48,13 @@ CLOSE = 0.995
 """A result this near to the budget needs no explanation."""
 
 
-def check_room(targets: Targets, out: Path, work: Path | None) -> None:
-    """Raises StorageError unless the parts and the output have room, each where it will be."""
+def check_room(targets: Targets, out: Path, work: Path | None, *, fits: bool = False) -> None:
+    """Raises StorageError unless the parts and the output have room, each where it will be.
+
+    With a text there may be `fits` beside the parts.
+    """
     output = targets.output_bytes
-    parts = targets.work_bytes
+    parts = targets.work_bytes + (targets.fits_bytes if fits else 0)
     if work is None:
         check_space(out, output + parts, "the run")
     else:
@@ -146,6 +149,7 @@ def write_factored(  # noqa: PLR0917 what was decomposed, chosen and asked, and 
         targets.matrices,
         choices,
         work.done,
+        fits=selection.fits,
         left_out=targets.tied.keys(),
         dtype=targets.dtype,
     )
@@ -169,6 +173,7 @@ def write_factored(  # noqa: PLR0917 what was decomposed, chosen and asked, and 
             tokens=trial.tokens,
             allocation=selection.name,
             candidates=selection.divergences,
+            drift=selection.drift,
         )
 
     return write_assembly(assembly, "factored", accounts, config, job, workers, loss)
@@ -201,8 +206,8 @@ def _written_matrices(
     for name, matrix in targets.matrices.items():
         if entry := assembly.entries.get(factored.module_of(name)):
             products = factored.products(written, name, entry)
-            parts = [matrix.restore(product.rows(0, matrix.shape[0])) for product in products]
-            yield name, torch.cat(parts) if matrix.is_stack else parts[0]
+            parts = [product.rows(0, matrix.shape[0]) for product in products]
+            yield name, restored(matrix, parts)
 
 
 def _say_what_is_kept(work: Work, missing: Sequence[str], count: int, watch: Progress) -> None:

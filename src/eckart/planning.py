@@ -22,6 +22,7 @@ from eckart.checkpoint.source import Source
 from eckart.checkpoint.statistics import Statistics, open_statistics
 from eckart.checkpoint.writer import CERTIFICATE
 from eckart.decompose import Request
+from eckart.decompose.fit import fit_bytes
 from eckart.decompose.request import part_bytes, peak_bytes
 from eckart.decompose.weighting import check_shape
 from eckart.errors import CheckpointError, InputError, ResourceError, UsageError
@@ -98,6 +99,14 @@ class Targets:
         """The most that the parts of all matrices take."""
         return sum(
             part_bytes(self.matrices[name], request, self.items[name].dense_itemsize)
+            for name, request in self.requests.items()
+        )
+
+    @property
+    def fits_bytes(self) -> int:
+        """The most that fits of all matrices take, where a text is given."""
+        return sum(
+            fit_bytes(self.matrices[name].shape, request.rank, self.items[name].dense_itemsize)
             for name, request in self.requests.items()
         )
 

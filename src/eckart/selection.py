@@ -6,15 +6,17 @@ Knows parts, policies and trials; must not know how an output is written.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from eckart.allocate import Budget, Choice
 from eckart.allocate.candidates import Probe, candidates, measured, probe_ranks
 from eckart.assemble.checkpoints import entry_of
-from eckart.assemble.filling import product_of
+from eckart.assemble.filling import Factor
 from eckart.assemble.job import Job
+from eckart.assemble.multiplying import multiplied, restored
 from eckart.assemble.settling import Settler, Unsettled
+from eckart.certificate import Drift
+from eckart.decompose.fit import Fit
 from eckart.decompose.request import on_threads
 from eckart.decompose.weighting import Metrics
 from eckart.decompose.work import Work
@@ -31,6 +33,8 @@ class Selection:
     choices: dict[str, Choice]
     name: str | None = None
     divergences: dict[str, float] = field(default_factory=dict[str, float])
+    fits: dict[str, Fit] = field(default_factory=dict[str, Fit])  # in the parts' place
+    drift: Drift | None = None  # how the fits served it, whether they were taken or not
 
 
 def select(
@@ -116,7 +120,7 @@ class _Tried:
         found = list[Probe]()
         for rank in ranks:
             parts = [B[:, :rank] @ A[:rank] for B, A in largest]
-            tensor = self._stored(name, parts)
+            tensor = restored(self.targets.matrices[name], parts)
             predicted = spectrum.tail_energy(rank) / 2
             divergence = self.trial.outcome([(name, tensor)]).divergence
             found.append(Probe(rank, predicted, divergence))
@@ -131,18 +135,7 @@ class _Tried:
                 yield factors.B, factors.A
 
     def _written(self, name: str, choice: Choice) -> Tensor:
-        matrix, metrics = self.targets.matrices[name], Metrics(self.job.statistics, name)
-        entry, dtype = entry_of(matrix, choice.rank or 0, choice.form), self.targets.dtypes[name]
-        parts = list[Tensor]()
-        with on_threads(matrix.shape, self.job.threads):
-            for index in range(matrix.count):
-                W = matrix.load(self.job.source, name, index)
-                known = self.work.done[name]
-                product = product_of(known, W, entry, dtype, index, metrics(index))
-                parts.append(product.rows(0, matrix.shape[0]))
-        return self._stored(name, parts)
-
-    def _stored(self, name: str, parts: list[Tensor]) -> Tensor:
-        matrix = self.targets.matrices[name]
-        tensors = [matrix.restore(part) for part in parts]
-        return torch.cat(tensors) if matrix.is_stack else tensors[0]
+        matrix, dtype = self.targets.matrices[name], self.targets.dtypes[name]
+        entry = entry_of(matrix, choice.rank or 0, choice.form)
+        order = Factor(name, entry, self.work.done[name], dtype)
+        return multiplied(order, self.job.source, self.job.statistics, self.job.threads)
