@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from eckart.allocate import Choice
+from eckart import allocate
+from eckart.allocate import Budget, Choice
 from eckart.allocate.budget import NOTHING
 from eckart.assemble.certification import Accounts, certify, versions
 from eckart.assemble.checkpoints import Assembly, factored_assembly
@@ -30,6 +31,7 @@ from eckart.errors import (
     CheckpointError,
     EckartError,
     LossError,
+    PromiseError,
     ResourceError,
     StorageError,
 )
@@ -167,6 +169,7 @@ def write_factored(  # noqa: PLR0917 what was decomposed, chosen and asked, and 
         if trial is None:
             return Loss()
         found = trial.outcome(_written_matrices(job, targets, assembly))
+        _check_loss(targets, found.loss - trial.dense.loss)
         return Loss(
             measured=found.loss - trial.dense.loss,
             divergence=found.divergence,
@@ -198,6 +201,16 @@ def write_assembly(  # noqa: PLR0917 an output, and what is said of it
     return certify(job, kind, accounts, filled, loss())
 
 
+def _check_loss(targets: Targets, measured: float) -> None:
+    """Raises PromiseError where what was written loses more than was asked."""
+    policy = targets.policy
+    if isinstance(policy, allocate.Loss) and measured > policy.value:
+        raise PromiseError(
+            f"what was written loses {measured:.6g} nats per token, and --loss {policy.value} was "
+            "asked, though it was measured to lose no more before: please report it."
+        )
+
+
 def _written_matrices(
     job: Job, targets: Targets, assembly: Assembly
 ) -> Iterator[tuple[str, Tensor]]:
@@ -223,8 +236,10 @@ def _shortfall(
     assembly: Assembly, choices: Mapping[str, Choice], targets: Targets, work: Work
 ) -> list[str]:
     """Why a budget is not used up, where it is not."""
+    if not isinstance(targets.policy, Budget):
+        return []
     spent, asked = _spent(assembly, choices, targets)
-    if not targets.policy.is_budget or spent >= CLOSE * asked:
+    if spent >= CLOSE * asked:
         return []
     exact = all(
         choice.rank is None

@@ -5,8 +5,7 @@ Knows the order of things; what is computed of each tensor is in `assemble.recom
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from eckart.allocate import Choice, RankPolicy, Terms, one_rank
-from eckart.allocate.policies import Keep
+from eckart.allocate import Choice, Keep, RankPolicy, Terms, one_rank
 from eckart.assemble.filling import Filled
 from eckart.assemble.job import Job
 from eckart.assemble.recombination import (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from eckart.allocate import POLICIES, AutoRank, Choice, Form, Item, RankPolicy, Terms
+from eckart.allocate import POLICIES, AutoRank, Choice, Form, Item, Loss, RankPolicy, Terms
 from eckart.assemble.checkpoints import check_names
 from eckart.assemble.measurement import item_of
 from eckart.assemble.sidecars import check_config
@@ -114,12 +114,12 @@ class Targets:
 def policy_of(*, rank: int | str | None = None, **given: float | None) -> RankPolicy:
     """Returns the one policy that was asked for; UsageError unless it is exactly one.
 
-    `rank` (a number, or "auto"), `energy`, `error`, `keep` or `size`.
+    `rank` (a number, or "auto"), `energy`, `error`, `keep`, `size` or `loss`.
     """
     known = {"rank": rank, **given}
     asked = {name: value for name, value in known.items() if value is not None}
     if len(asked) != 1:
-        names = [f"--{name}" for name in POLICIES]
+        names = [f"--{name}" for name in POLICIES if name in known]
         got = " and ".join(f"--{name}" for name in asked) or "none"
         raise UsageError(
             f"exactly one of {', '.join(names[:-1])} and {names[-1]} chooses the ranks; got {got}."
@@ -168,6 +168,23 @@ def find_targets(
     targets = Targets(source, policy, terms, stored, found, items, copied, tied, dtypes, known)
     policy.check(items, targets.terms)
     return targets
+
+
+def check_text(targets: Targets, *, given: bool) -> None:
+    """Raises UsageError for a text that nothing can be measured with, or where one is missing."""
+    policy, source = targets.policy, targets.source
+    if isinstance(policy, Loss) and not given:
+        raise UsageError(
+            f"--loss {policy.value} is kept by measuring: give a text, with --text or --tokens."
+        )
+    if not given:
+        return
+    if targets.statistics is None:
+        raise UsageError(
+            "a text is measured on together with --statistics: eckart calibrate, then give both."
+        )
+    if source.folder is None:
+        raise UsageError(f"{printable(source.path)} is no model's folder: leave the text out.")
 
 
 def inputs_of(targets: Targets) -> list[Path]:

@@ -106,7 +106,7 @@ def test_what_is_not_better_is_not_written(model, options, tmp_path, monkeypatch
 
     monkeypatch.setattr(drift, "fit_to_drift", spoil)
     certificate = compress(model, tmp_path / "out", **options)
-    monkeypatch.setattr("eckart.api.follow", lambda work, selection, *_: selection)
+    monkeypatch.setattr("eckart.decision.follow", lambda work, selection, *_: selection)
     compress(model, tmp_path / "plain", **options)
     found = certificate.loss.drift
     assert found is not None
@@ -151,7 +151,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(stop, model, options, tmp_path,
     monkeypatch.setattr(drift, "write_fit", stopping)
     with pytest.raises(KeyboardInterrupt):
         compress(model, tmp_path / "out", work=work, **options)
-    fits = {path: path.stat().st_mtime_ns for path in (work / "fits").iterdir()}
+    fits = {path: path.stat().st_mtime_ns for path in (work / "fits").rglob("*.*")}
     monkeypatch.setattr(drift, "write_fit", written)
     compress(model, tmp_path / "out", work=work, **options)
 

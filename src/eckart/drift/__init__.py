@@ -5,12 +5,14 @@ inputs, so that a part of them can be undone.
 """
 
 import hashlib
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from eckart.allocate import Loss, RankPolicy
 from eckart.assemble.checkpoints import entry_of
 from eckart.assemble.filling import Factor
 from eckart.assemble.job import Job
@@ -32,7 +34,7 @@ from eckart.linalg.threads import computing_on
 from eckart.planning import Targets
 from eckart.selection import Selection
 from eckart.texts import Text
-from eckart.trial import Trial
+from eckart.trial import Outcome, Trial
 
 FITS = "fits"
 
@@ -72,21 +74,33 @@ def follow(  # noqa: PLR0917 what was decomposed, chosen and asked, and what it 
         return selection
     follower = _Follower(work, job, targets, trial, Relay(trial, text, trial.device), orders, watch)
     fits, order = follower.fit(text)
-
-    def divergence(fits: Mapping[str, Fit]) -> float:
-        return trial.outcome(follower.products(orders, fits)).divergence
-
-    known = selection.divergences.get(selection.name or "")
-    before, after = divergence({}) if known is None else known, divergence(fits)
+    before = selection.outcome or trial.outcome(follower.products(orders, {}))
+    after = trial.outcome(follower.products(orders, fits))
+    written = after.divergence < before.divergence and _allowed(targets.policy, after, trial)
     drift = Drift(
-        written=after < before,
+        written=written,
         tokens=text.inputs["input_ids"].numel(),
         share=SHARE,
-        divergence=after,
-        unfitted=before,
+        divergence=after.divergence,
+        unfitted=before.divergence,
         left_out={name: order.left_out[name] for name in orders if name in order.left_out},
     )
-    return replace(selection, fits=fits if drift.written else {}, drift=drift)
+    taken, outcome = (fits, after) if written else ({}, before)
+    return replace(selection, fits=taken, drift=drift, outcome=outcome)
+
+
+def forget_others(work: Work, selection: Selection) -> None:
+    """Removes the fits of every other choice than this one."""
+    kept = {fit.part.parent for fit in selection.fits.values()}
+    folder = work.folder / FITS
+    for path in folder.iterdir() if folder.exists() else ():
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _allowed(policy: RankPolicy, outcome: Outcome, trial: Trial) -> bool:
+    """Whether a loss that was promised is kept."""
+    return not isinstance(policy, Loss) or outcome.loss - trial.dense.loss <= policy.value
 
 
 @dataclass
@@ -107,7 +121,7 @@ class _Follower:
         """Returns the fit of every matrix that can be fitted; the model is as it was before."""
         self.identity = self._identity(text)
         with storage_errors(self.work.folder):
-            (self.work.folder / FITS).mkdir(exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
         matrices = {name: self.targets.matrices[name] for name in self.orders}
         order = order_of(self.trial, matrices, self.relay.first)
         try:
@@ -208,7 +222,12 @@ class _Follower:
 
     def _paths(self, names: Iterable[str]) -> dict[str, Path]:
         parts = self.work.parts(names)
-        return {name: self.work.folder / FITS / part.name for name, part in parts.items()}
+        return {name: self._folder / part.name for name, part in parts.items()}
+
+    @property
+    def _folder(self) -> Path:
+        """Of the fits that belong to these very choices."""
+        return self.work.folder / FITS / self.identity[:16]
 
     def _identity(self, text: Text) -> str:
         """What every fit depends on: all the choices too, for it follows on those before it."""
