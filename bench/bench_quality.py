@@ -10,7 +10,7 @@ counted from the tensors that it stores, and run once over the evaluation tokens
 - inputs + curvature, global: `eckart compress --statistics S --keep F`;
 - … pivoted: the same with `--form auto`;
 - … tried: with `--tokens`, too, of the calibration sequences: the last tenth of them chooses among
-  ways to spend the budget;
+  ways to spend the budget, and the others are what factors are fitted to, where that tenth says so;
 - dense int8, one scale a row, and dense int4, one scale for 32 weights: what the same bytes buy.
 
 The first four are plain implementations that share no code with the package: eigenvectors and

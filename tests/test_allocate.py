@@ -13,11 +13,13 @@ import torch
 from eckart.allocate import (
     POLICIES,
     AutoRank,
+    Budget,
     Choice,
     Energy,
     FixedRank,
     Item,
     Keep,
+    Loss,
     RankPolicy,
     RelativeError,
     Size,
@@ -38,6 +40,7 @@ EXAMPLES: dict[str, list[RankPolicy]] = {
     "error": [RelativeError(0.5), RelativeError(0.01), RelativeError(0.0)],
     "keep": [Keep(0.9), Keep(0.5), Keep(1.0)],
     "size": [Size(20_000), Size(15_000), Size(10**9)],
+    "loss": [Loss(0.5), Loss(20.0), Loss(1e6)],
 }
 OUT_OF_RANGE: dict[str, list[float]] = {
     "rank": [0, -1, 1.5, 2.0, math.nan],
@@ -45,6 +48,7 @@ OUT_OF_RANGE: dict[str, list[float]] = {
     "error": [-1e-9, 1.0, 2.0, math.nan],
     "keep": [0.0, -0.1, 1.0000001, math.nan, math.inf],
     "size": [0, -1, 1.5, 1e9, math.nan, math.inf],
+    "loss": [0.0, -0.1, math.nan, math.inf],
 }
 ALL = [policy for policies in EXAMPLES.values() for policy in policies]
 ITEMS = {f"m{i}": Item(shape, count=1 + i % 2) for i, shape in enumerate(SHAPES[:8])}
@@ -57,6 +61,11 @@ def spectrum(shape: tuple[int, int], seed: int = 0, values: list[float] | None =
         values = sorted(random.gamma(0.5, size=min(shape)) + 1e-3, reverse=True)
     s = torch.tensor(values, dtype=torch.float64)
     return Spectrum(shape, s, float(s.square().sum()))
+
+
+def terms_for(policy: RankPolicy, form: str, align: int = 1) -> Terms:
+    """A loss is told in nats alone; the others are asked without."""
+    return Terms(form, align, in_nats=policy.name == "loss")  # type: ignore[arg-type]
 
 
 def items_of(spectra: Mapping[str, Spectrum]) -> dict[str, Item]:
@@ -214,7 +223,7 @@ every_currency = pytest.mark.parametrize("in_nats", [False, True], ids=["shares"
 
 def test_every_policy_has_examples_here():
     """A new policy is tested by existing."""
-    budgets = {name for name, policies in EXAMPLES.items() if policies[0].is_budget}
+    budgets = {name for name, policies in EXAMPLES.items() if isinstance(policies[0], Budget)}
 
     assert EXAMPLES.keys() == OUT_OF_RANGE.keys() == POLICIES.keys()
     assert UNITS.keys() == budgets
@@ -280,7 +289,7 @@ CASES = [
 @pytest.mark.parametrize(("policy", "form", "align"), CASES, ids=repr)
 def test_every_choice_is_a_rank_that_pays_or_dense_with_a_reason(policy, form, align):
     """Over every policy and form, aligned or not, matrices and stacks that pay and that do not."""
-    terms = Terms(form, align)
+    terms = terms_for(policy, form, align)
     limits = {name: policy.limit(item, terms) for name, item in ITEMS.items()}
     spectra = {name: spectrum(ITEMS[name].shape) for name in ITEMS if limits[name] > 0}
     policy.check(ITEMS, terms)
@@ -335,7 +344,8 @@ def test_a_limit_is_a_multiple_of_align_and_the_reason_of_none_is_true(policy, f
 @pytest.mark.parametrize("policy", ALL, ids=repr)
 def test_a_choice_is_a_function_of_its_arguments(policy, form):
     """Same again, whatever the order of the names; the arguments are not changed."""
-    terms, items = Terms(form), {f"m{i}": Item((24, 16), 1 + i % 2, 8, 8) for i in range(5)}
+    terms = terms_for(policy, form)
+    items = {f"m{i}": Item((24, 16), 1 + i % 2, 8, 8) for i in range(5)}
     spectra = {name: spectrum((24, 16), i) for i, name in enumerate(items)}
     before = {name: s.values.clone() for name, s in spectra.items()}
     if policy.limit(items["m0"], terms) == 0:

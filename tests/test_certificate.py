@@ -47,6 +47,7 @@ def test_the_document_has_the_fields_of_the_schema(out):
         "tokens": None,
         "allocation": None,
         "candidates": {},
+        "drift": None,
     }
     assert sorted(document["run"]) == ["seconds", "source_files", "started", "workers"]
 

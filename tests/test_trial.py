@@ -132,7 +132,10 @@ def test_the_best_candidate_is_written_named_and_measured(
 
     assert set(loss.candidates) == {"global", "floor", "uniform", "measured"}
     assert loss.allocation == min(loss.candidates, key=loss.candidates.__getitem__)
-    assert loss.divergence == pytest.approx(loss.candidates[loss.allocation], rel=1e-4)
+    assert loss.drift is not None
+    assert loss.drift.unfitted == loss.candidates[loss.allocation]
+    best = min(loss.drift.unfitted, loss.drift.divergence)
+    assert loss.divergence == pytest.approx(best, rel=1e-4)
     assert loss.measured == pytest.approx(changed.dense.loss - dense.dense.loss, rel=1e-4, abs=1e-6)
     assert loss.tokens == 4 * 11
     assert certificate.totals.keep <= 0.5

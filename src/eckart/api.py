@@ -29,7 +29,8 @@ from eckart.compression import (
     write_assembly,
     write_factored,
 )
-from eckart.errors import CheckpointError, UsageError
+from eckart.decision import decide
+from eckart.errors import CheckpointError
 from eckart.execute import Progress, Silent, Task, Workers, workers_for
 from eckart.families import matrices
 from eckart.forecast import PlannedMatrix, planned
@@ -37,6 +38,7 @@ from eckart.inspection import Inspector, summary
 from eckart.planning import (
     Targets,
     check_device,
+    check_text,
     expert_remarks,
     find_targets,
     inputs_of,
@@ -47,9 +49,8 @@ from eckart.planning import (
     stored_dtype,
     with_base,
 )
-from eckart.selection import select
-from eckart.texts import open_text
-from eckart.trial import Trial, held_out
+from eckart.texts import Text, open_text
+from eckart.trial import Trial, fitted_to, held_out
 from eckart.verification import Check, TextOptions, check_files, verify_output
 
 PathLike = str | Path
@@ -72,6 +73,8 @@ def plan(
     form: Form = "ba",
     align: int = 1,
     statistics: PathLike | None = None,
+    text: PathLike | None = None,
+    tokens: PathLike | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     dtype: str | None = None,
@@ -97,6 +100,7 @@ def plan(
         allow_pickle=allow_pickle,
         statistics=Path(statistics) if statistics else None,
     )
+    check_text(targets, given=text is not None or tokens is not None)
     resources_for(targets, workers=workers, threads=threads)
     if out is not None:
         check_output(Path(out), inputs=inputs_of(targets), force=force)
@@ -116,6 +120,7 @@ def compress(
     error: float | None = None,
     keep: float | None = None,
     size: int | None = None,
+    loss: float | None = None,
     form: Form = "ba",
     align: int = 1,
     statistics: PathLike | None = None,
@@ -137,15 +142,20 @@ def compress(
 ) -> Certificate:
     """Factors the matrices of a checkpoint, writes it in format 1, and returns its certificate.
 
-    Exactly one of `rank`, `energy`, `error`, `keep` and `size` chooses the ranks. A matrix that
-    does not pay is copied, and the certificate says so. With `statistics` (a folder that
+    Exactly one of `rank`, `energy`, `error`, `keep`, `size` and `loss` chooses the ranks. A matrix
+    that does not pay is copied, and the certificate says so. With `statistics` (a folder that
     `calibrate` wrote, of this very model) matrices are approximated for the inputs that they see
     and the loss that they cost: see `eckart.linalg.metric.Metric`; `energy` and `error` are then
     shares in that metric, and a budget is spent where it saves most nats per token; a matrix
     without statistics is copied. With `text` or `tokens` too (see `calibrate`), a tenth of it is
     held out: what the model loses on it is measured, and several ways to spend a budget are
     compared on it (`eckart.allocate.candidates`), which takes eight forward passes a matrix, the
-    model in float32 in memory, and the `hf` extra. `out` appears whole or not at all. A run
+    model in float32 in memory, and the `hf` extra. On the rest the factors are then fitted, in
+    forward order, to what the compressed part of the model feeds them (`eckart.drift`), and are
+    taken where the tenth says so; not where an `error` or `energy` of each matrix is promised.
+    `loss`, in nats per token, needs a text: as few parameters as it measures to allow, which takes
+    some sixteen forward passes over the tenth more, and as a rule three rounds of fits.
+    `out` appears whole or not at all. A run
     that was stopped goes on where it was when it is called again; with `work` (a folder) or
     `keep_work` its decompositions stay, and serve another budget in seconds.
 
@@ -153,7 +163,7 @@ def compress(
     and its SVD, times the workers. Raises UsageError (options, output exists), InputError (the
     checkpoint), BusyError and StaleError (the work folder), StorageError, ResourceError.
     """
-    policy = policy_of(rank=rank, energy=energy, error=error, keep=keep, size=size)
+    policy = policy_of(rank=rank, energy=energy, error=error, keep=keep, size=size, loss=loss)
     check_device(device)
     targets = find_targets(
         Path(path),
@@ -166,19 +176,16 @@ def compress(
         allow_pickle=allow_pickle,
         statistics=Path(statistics) if statistics else None,
     )
-    trial = trial_of(
-        targets,
-        text=text,
-        tokens=tokens,
-        device=device,
-        threads=threads,
-        allow_pickle=allow_pickle,
+    check_text(targets, given=text is not None or tokens is not None)
+    given = text_of(targets, text=text, tokens=tokens)
+    trial = given and trial_of(
+        targets, given, device=device, threads=threads, allow_pickle=allow_pickle
     )
     count = resources_for(targets, workers=workers, threads=threads)
     source, target, named = targets.source, Path(out), Path(work) if work else None
     inputs = inputs_of(targets)
     check_output(target, inputs=inputs, force=force)
-    check_room(targets, target, named)
+    check_room(targets, target, named, fits=given is not None)
     options: Options = {
         policy.name: policy.value,
         "form": form,
@@ -207,39 +214,29 @@ def compress(
         job = check_statistics(job, crew)
         with work_folder(run, named, job, targets) as work_done:
             decompose_all(work_done, targets, job, crew)
-            selection = select(work_done, targets, job, crew, trial)
+            rest = given and fitted_to(given)
+            selection = decide(work_done, targets, job, crew, trial, rest)
             certificate = write_factored(work_done, selection, targets, job, crew, trial)
         run.keep = keep_work and named is None
     return certificate
 
 
-def trial_of(
-    targets: Targets,
-    *,
-    text: PathLike | None,
-    tokens: PathLike | None,
-    device: str,
-    threads: int | None,
-    allow_pickle: bool,
-) -> Trial | None:
-    """Returns the model on the tenth that is held out of a text, where one is given."""
-    source = targets.source
-    found = open_text(
-        source.path,
+def text_of(targets: Targets, *, text: PathLike | None, tokens: PathLike | None) -> Text | None:
+    """Returns the text that a compression is tried on, where one is given."""
+    return open_text(
+        targets.source.path,
         text=None if text is None else Path(text),
         tokens=None if tokens is None else Path(tokens),
     )
-    if found is None:
-        return None
-    if targets.statistics is None:
-        raise UsageError(
-            "a text is measured on together with --statistics: eckart calibrate, then give both."
-        )
-    if source.folder is None:
-        raise UsageError(f"{printable(source.path)} is no model's folder: leave the text out.")
+
+
+def trial_of(
+    targets: Targets, text: Text, *, device: str, threads: int | None, allow_pickle: bool
+) -> Trial:
+    """Returns the model on the tenth that is held out of a text."""
     return Trial(
-        source,
-        held_out(found),
+        targets.source,
+        held_out(text),
         names=targets.requests,
         device=device,
         threads=threads,

@@ -144,6 +144,17 @@ class Totals(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
     keep: float  # targeted, after / before
 
 
+class Drift(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Factors fitted to what the compressed part of the model feeds them, on a text."""
+
+    written: bool  # whether they are what was written: on the tokens held out the better ones
+    tokens: int  # that they were fitted to
+    share: float  # of the drift, that they undo
+    divergence: float  # KL(dense ‖ with them), on the tokens held out …
+    unfitted: float  # … and with the factors of the matrices themselves
+    left_out: dict[str, str] = {}  # matrices that could not be fitted, and why
+
+
 class Loss(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Loss increase in nats per token; null where nothing was predicted, or measured."""
 
@@ -153,6 +164,7 @@ class Loss(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):
     tokens: int | None = None
     allocation: str | None = None  # the way in which the budget is spent: the best of …
     candidates: dict[str, float] = {}  # … these, by their divergence
+    drift: Drift | None = None  # null: nothing was fitted
 
 
 class Run(Document, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -9,14 +9,15 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from eckart.allocate import Choice
+from eckart import allocate
+from eckart.allocate import Budget, Choice
 from eckart.allocate.budget import NOTHING
 from eckart.assemble.certification import Accounts, certify, versions
 from eckart.assemble.checkpoints import Assembly, factored_assembly
 from eckart.assemble.job import Job
+from eckart.assemble.multiplying import restored
 from eckart.assemble.sidecars import write_sidecars
 from eckart.certificate import Certificate, Kind, Loss
 from eckart.checkpoint.lock import locked
@@ -32,6 +33,7 @@ from eckart.errors import (
     CheckpointError,
     EckartError,
     LossError,
+    PromiseError,
     ResourceError,
     StorageError,
 )
@@ -50,10 +52,13 @@ CLOSE = 0.995
 """A result this near to the budget needs no explanation."""
 
 
-def check_room(targets: Targets, out: Path, work: Path | None) -> None:
-    """Raises StorageError unless the parts and the output have room, each where it will be."""
+def check_room(targets: Targets, out: Path, work: Path | None, *, fits: bool = False) -> None:
+    """Raises StorageError unless the parts and the output have room, each where it will be.
+
+    With a text there may be `fits` beside the parts.
+    """
     output = targets.output_bytes
-    parts = targets.work_bytes
+    parts = targets.work_bytes + (targets.fits_bytes if fits else 0)
     if work is None:
         check_space(out, output + parts, "the run")
     else:
@@ -153,6 +158,7 @@ def write_factored(  # noqa: PLR0917 what was decomposed, chosen and asked, and 
         targets.matrices,
         choices,
         work.done,
+        fits=selection.fits,
         left_out=targets.tied.keys(),
         dtype=targets.dtype,
     )
@@ -170,12 +176,14 @@ def write_factored(  # noqa: PLR0917 what was decomposed, chosen and asked, and 
         if trial is None:
             return Loss()
         found = trial.outcome(_written_matrices(job, targets, assembly))
+        _check_loss(targets, found.loss - trial.dense.loss)
         return Loss(
             measured=found.loss - trial.dense.loss,
             divergence=found.divergence,
             tokens=trial.tokens,
             allocation=selection.name,
             candidates=selection.divergences,
+            drift=selection.drift,
         )
 
     return write_assembly(assembly, "factored", accounts, config, job, workers, loss)
@@ -200,6 +208,16 @@ def write_assembly(  # noqa: PLR0917 an output, and what is said of it
     return certify(job, kind, accounts, filled, loss())
 
 
+def _check_loss(targets: Targets, measured: float) -> None:
+    """Raises PromiseError where what was written loses more than was asked."""
+    policy = targets.policy
+    if isinstance(policy, allocate.Loss) and measured > policy.value:
+        raise PromiseError(
+            f"what was written loses {measured:.6g} nats per token, and --loss {policy.value} was "
+            "asked, though it was measured to lose no more before: please report it."
+        )
+
+
 def _written_matrices(
     job: Job, targets: Targets, assembly: Assembly
 ) -> Iterator[tuple[str, Tensor]]:
@@ -208,8 +226,8 @@ def _written_matrices(
     for name, matrix in targets.matrices.items():
         if entry := assembly.entries.get(factored.module_of(name)):
             products = factored.products(written, name, entry)
-            parts = [matrix.restore(product.rows(0, matrix.shape[0])) for product in products]
-            yield name, torch.cat(parts) if matrix.is_stack else parts[0]
+            parts = [product.rows(0, matrix.shape[0]) for product in products]
+            yield name, restored(matrix, parts)
 
 
 def _say_what_is_kept(work: Work, missing: Sequence[str], count: int, watch: Progress) -> None:
@@ -225,8 +243,10 @@ def _shortfall(
     assembly: Assembly, choices: Mapping[str, Choice], targets: Targets, work: Work
 ) -> list[str]:
     """Why a budget is not used up, where it is not."""
+    if not isinstance(targets.policy, Budget):
+        return []
     spent, asked = _spent(assembly, choices, targets)
-    if not targets.policy.is_budget or spent >= CLOSE * asked:
+    if spent >= CLOSE * asked:
         return []
     exact = all(
         choice.rank is None

@@ -7,8 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eckart.allocate import AutoRank, Choice, FixedRank, Item, RankPolicy, Terms, one_rank
-from eckart.allocate.policies import Keep
+from eckart.allocate import (
+    AutoRank,
+    Choice,
+    FixedRank,
+    Item,
+    Keep,
+    RankPolicy,
+    Terms,
+    one_rank,
+)
 from eckart.assemble.filling import Filled
 from eckart.assemble.job import Job
 from eckart.assemble.recombination import (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from eckart.allocate import POLICIES, AutoRank, Choice, Form, Item, RankPolicy, Terms
+from eckart.allocate import POLICIES, AutoRank, Choice, Form, Item, Loss, RankPolicy, Terms
 from eckart.assemble.checkpoints import check_names
 from eckart.assemble.measurement import item_of
 from eckart.assemble.sidecars import check_config
@@ -22,6 +22,7 @@ from eckart.checkpoint.source import Source
 from eckart.checkpoint.statistics import Statistics, open_statistics
 from eckart.checkpoint.writer import CERTIFICATE
 from eckart.decompose import Request
+from eckart.decompose.fit import fit_bytes
 from eckart.decompose.request import part_bytes, peak_bytes
 from eckart.decompose.weighting import check_shape
 from eckart.errors import CheckpointError, InputError, ResourceError, UsageError
@@ -105,16 +106,24 @@ class Targets:
             for name, request in self.requests.items()
         )
 
+    @property
+    def fits_bytes(self) -> int:
+        """The most that fits of all matrices take, where a text is given."""
+        return sum(
+            fit_bytes(self.matrices[name].shape, request.rank, self.items[name].dense_itemsize)
+            for name, request in self.requests.items()
+        )
+
 
 def policy_of(*, rank: int | str | None = None, **given: float | None) -> RankPolicy:
     """Returns the one policy that was asked for; UsageError unless it is exactly one.
 
-    `rank` (a number, or "auto"), `energy`, `error`, `keep` or `size`.
+    `rank` (a number, or "auto"), `energy`, `error`, `keep`, `size` or `loss`.
     """
     known = {"rank": rank, **given}
     asked = {name: value for name, value in known.items() if value is not None}
     if len(asked) != 1:
-        names = [f"--{name}" for name in POLICIES]
+        names = [f"--{name}" for name in POLICIES if name in known]
         got = " and ".join(f"--{name}" for name in asked) or "none"
         raise UsageError(
             f"exactly one of {', '.join(names[:-1])} and {names[-1]} chooses the ranks; got {got}."
@@ -163,6 +172,23 @@ def find_targets(
     targets = Targets(source, policy, terms, stored, found, items, copied, tied, dtypes, known)
     policy.check(items, targets.terms)
     return targets
+
+
+def check_text(targets: Targets, *, given: bool) -> None:
+    """Raises UsageError for a text that nothing can be measured with, or where one is missing."""
+    policy, source = targets.policy, targets.source
+    if isinstance(policy, Loss) and not given:
+        raise UsageError(
+            f"--loss {policy.value} is kept by measuring: give a text, with --text or --tokens."
+        )
+    if not given:
+        return
+    if targets.statistics is None:
+        raise UsageError(
+            "a text is measured on together with --statistics: eckart calibrate, then give both."
+        )
+    if source.folder is None:
+        raise UsageError(f"{printable(source.path)} is no model's folder: leave the text out.")
 
 
 def inputs_of(targets: Targets) -> list[Path]:

@@ -296,6 +296,12 @@ def _loss(loss: Loss) -> list[str]:
             for name, value in sorted(loss.candidates.items(), key=lambda one: one[1])
         )
         lines.append(f"best allocation    {loss.allocation}: KL to the model {', '.join(others)}")
+    if (drift := loss.drift) is not None:
+        taken = "factors are fitted to it" if drift.written else "factors of the matrices are kept"
+        lines.append(
+            f"drift of inputs    {taken}: KL to the model {drift.divergence:.4f} fitted, "
+            f"{drift.unfitted:.4f} not, on {drift.tokens:,} tokens"
+        )
     return lines
 
 

@@ -6,22 +6,26 @@ Knows parts, policies and trials; must not know how an output is written.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from eckart.allocate import Budget, Choice
-from eckart.allocate.candidates import Probe, candidates, measured, probe_ranks
+from eckart.allocate import Budget, Choice, Loss
+from eckart.allocate.budget import Menu
+from eckart.allocate.candidates import Probe, candidates, losing, measured, probe_ranks
+from eckart.allocate.loss import Picks, most_saving
 from eckart.assemble.checkpoints import entry_of
-from eckart.assemble.filling import product_of
+from eckart.assemble.filling import Factor
 from eckart.assemble.job import Job
+from eckart.assemble.multiplying import multiplied, restored
 from eckart.assemble.settling import Settler, Unsettled
+from eckart.certificate import Drift
+from eckart.decompose.fit import Fit
 from eckart.decompose.request import on_threads
 from eckart.decompose.weighting import Metrics
 from eckart.decompose.work import Work
 from eckart.execute import Task, Workers
 from eckart.linalg.spectrum import Spectrum
 from eckart.planning import Targets
-from eckart.trial import Trial
+from eckart.trial import Outcome, Trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,9 @@ class Selection:
     choices: dict[str, Choice]
     name: str | None = None
     divergences: dict[str, float] = field(default_factory=dict[str, float])
+    outcome: Outcome | None = None  # of the choices, where it was measured
+    fits: dict[str, Fit] = field(default_factory=dict[str, Fit])  # in the parts' place
+    drift: Drift | None = None  # how the fits served it, whether they were taken or not
 
 
 def select(
@@ -42,29 +49,86 @@ def select(
     (`eckart.allocate.candidates`), one of them from losses that are measured matrix by matrix; the
     one nearest to the dense model is chosen. Cost: eight forward passes a matrix, and four more.
     """
-    failed = {
-        name: Choice(None, f"dense: {work.failed[name].reason}")
-        for name in targets.requests
-        if name in work.failed
-    }
-    spectra = {name: work.done[name].spectrum for name in targets.requests if name not in failed}
-    fixed, policy = {**targets.refused, **failed}, targets.policy
+    fixed, spectra = _known(work, targets)
+    policy = targets.policy
     if trial is None or not isinstance(policy, Budget):
         chosen = policy.choose(targets.items, spectra, targets.terms)
         return Selection({**fixed, **_settled(chosen, work, targets, job, workers)})
     tried = _Tried(work, targets, job, workers, trial)
     menus, left = policy.menus(targets.items, spectra, targets.terms)
     found = candidates(menus, left, targets.terms)
-    probes = {
-        name: tried.probes(name, spectra[name], probe_ranks(menu)) for name, menu in menus.items()
-    }
+    probes = tried.all_probes(menus, spectra)
     found["measured"] = measured(menus, spectra, probes, left, targets.terms)
     settled = {
         name: _settled(chosen, work, targets, job, workers) for name, chosen in found.items()
     }
-    divergences = {name: tried.divergence(chosen) for name, chosen in settled.items()}
+    outcomes = {name: tried.outcome(chosen) for name, chosen in settled.items()}
+    divergences = {name: outcome.divergence for name, outcome in outcomes.items()}
     best = min(divergences, key=divergences.__getitem__)
-    return Selection({**fixed, **settled[best]}, best, divergences)
+    return Selection({**fixed, **settled[best]}, best, divergences, outcomes[best])
+
+
+def savings(  # noqa: PLR0917 what was decomposed and asked, who does it, and what it is tried on
+    work: Work, targets: Targets, job: Job, workers: Workers, trial: Trial, policy: Loss
+) -> "Savings":
+    """Returns what can be saved for which loss. Cost: eight forward passes a matrix."""
+    fixed, spectra = _known(work, targets)
+    tried = _Tried(work, targets, job, workers, trial)
+    menus = policy.menus(targets.items, spectra, targets.terms)
+    curves = losing(menus, spectra, tried.all_probes(menus, spectra))
+    return Savings(tried, fixed, curves)
+
+
+@dataclass
+class Savings:
+    """Curves of what every matrix loses, measured once, and the choices measured since."""
+
+    tried: "_Tried"
+    fixed: Mapping[str, Choice]
+    curves: Mapping[str, Menu]
+    measured: list[Selection] = field(default_factory=list[Selection])
+
+    def within(self, allowed: float) -> Selection | None:
+        """Returns the choices that save the most for a loss, as measured; None: nothing does.
+
+        In nats per token, on the tokens held out. Cost: a forward pass over them for each try.
+        """
+        made = dict[tuple[int, ...], Selection]()
+
+        def measure(picks: Picks) -> float:
+            made[tuple(picks.values())] = found = self._selection(picks)
+            self.measured.append(found)
+            return self.loss(found)
+
+        picks = most_saving(self.curves, allowed, measure)
+        return made.get(tuple(picks.values()))
+
+    def loss(self, selection: Selection) -> float:
+        """Returns the measured rise of the loss."""
+        assert selection.outcome is not None
+        return selection.outcome.loss - self.tried.trial.dense.loss
+
+    @property
+    def least(self) -> float:
+        """Returns the smallest loss of any choice that was measured."""
+        return min(map(self.loss, self.measured))
+
+    def _selection(self, picks: Picks) -> Selection:
+        of = self.tried
+        chosen = {n: self.curves[n].choice(pick, of.targets.terms) for n, pick in picks.items()}
+        settled = _settled(chosen, of.work, of.targets, of.job, of.workers)
+        return Selection({**self.fixed, **settled}, outcome=of.outcome(settled))
+
+
+def _known(work: Work, targets: Targets) -> tuple[dict[str, Choice], dict[str, Spectrum]]:
+    """The choices that no policy has a say in, and the spectra of all others."""
+    failed = {
+        name: Choice(None, f"dense: {work.failed[name].reason}")
+        for name in targets.requests
+        if name in work.failed
+    }
+    spectra = {name: work.done[name].spectrum for name in targets.requests if name not in failed}
+    return {**targets.refused, **failed}, spectra
 
 
 def _settled(
@@ -102,12 +166,21 @@ class _Tried:
     workers: Workers
     trial: Trial
 
-    def divergence(self, choices: Mapping[str, Choice]) -> float:
+    def outcome(self, choices: Mapping[str, Choice]) -> Outcome:
         """What the model becomes with all of the choices, as they would be written."""
         changed = (
             (name, self._written(name, choice)) for name, choice in choices.items() if choice.rank
         )
-        return self.trial.outcome(changed).divergence
+        return self.trial.outcome(changed)
+
+    def all_probes(
+        self, menus: Mapping[str, Menu], spectra: Mapping[str, Spectrum]
+    ) -> dict[str, list[Probe]]:
+        """What the model becomes with each of the matrices at some ranks."""
+        return {
+            name: self.probes(name, spectra[name], probe_ranks(menu))
+            for name, menu in menus.items()
+        }
 
     def probes(self, name: str, spectrum: Spectrum, ranks: list[int]) -> list[Probe]:
         """What the model becomes with one matrix at each of the ranks, the others as they are."""
@@ -116,7 +189,7 @@ class _Tried:
         found = list[Probe]()
         for rank in ranks:
             parts = [B[:, :rank] @ A[:rank] for B, A in largest]
-            tensor = self._stored(name, parts)
+            tensor = restored(self.targets.matrices[name], parts)
             predicted = spectrum.tail_energy(rank) / 2
             divergence = self.trial.outcome([(name, tensor)]).divergence
             found.append(Probe(rank, predicted, divergence))
@@ -131,18 +204,7 @@ class _Tried:
                 yield factors.B, factors.A
 
     def _written(self, name: str, choice: Choice) -> Tensor:
-        matrix, metrics = self.targets.matrices[name], Metrics(self.job.statistics, name)
-        entry, dtype = entry_of(matrix, choice.rank or 0, choice.form), self.targets.dtypes[name]
-        parts = list[Tensor]()
-        with on_threads(matrix.shape, self.job.threads):
-            for index in range(matrix.count):
-                W = matrix.load(self.job.source, name, index)
-                known = self.work.done[name]
-                product = product_of(known, W, entry, dtype, index, metrics(index))
-                parts.append(product.rows(0, matrix.shape[0]))
-        return self._stored(name, parts)
-
-    def _stored(self, name: str, parts: list[Tensor]) -> Tensor:
-        matrix = self.targets.matrices[name]
-        tensors = [matrix.restore(part) for part in parts]
-        return torch.cat(tensors) if matrix.is_stack else tensors[0]
+        matrix, dtype = self.targets.matrices[name], self.targets.dtypes[name]
+        entry = entry_of(matrix, choice.rank or 0, choice.form)
+        order = Factor(name, entry, self.work.done[name], dtype)
+        return multiplied(order, self.job.source, self.job.statistics, self.job.threads)

@@ -38,6 +38,10 @@ class Outcome:
     loss: float  # at the true labels, in nats per predicted token
 
 
+FITTED = 2**16
+"""Tokens of the rest that are fitted to, at most: more would say little else of a drift."""
+
+
 def held_out(text: Text) -> Text:
     """Returns the last tenth of a text's sequences, `MOST` of them at most.
 
@@ -50,6 +54,12 @@ def held_out(text: Text) -> Text:
             f"out, so that at least {LEAST} of two or more are needed."
         )
     return text.split(text.sequences - min(text.sequences // 10, MOST))[1]
+
+
+def fitted_to(text: Text) -> Text:
+    """Returns the sequences that are not held out, from the first on, `FITTED` tokens at most."""
+    rest, length = text.sequences - held_out(text).sequences, text.inputs["input_ids"].shape[1]
+    return text.split(min(rest, max(1, FITTED // length)))[0]
 
 
 class Trial:
@@ -79,6 +89,7 @@ class Trial:
                 f"{printable(name)} of {printable(source.path)} cannot be tried out in "
                 f"{type(self.model).__name__} ({why}): compress without a text."
             )
+        self.places, self.device = places, device
         self.model.to(device)
         state: dict[str, Tensor] = self.model.state_dict()
         rows = {name: source.tensors[name].shape[0] for name in places}

@@ -38,8 +38,9 @@ VALUES = {
     "keep": (0.8, 0.35),
     "size": (120_000, 60_000),
 }
+MEASURED = {"loss"}  # needs a model that runs: see tests/test_tolerance.py
 REQUESTS = [
-    (form, policy, value) for form in FORMS for policy in POLICIES for value in VALUES[policy]
+    (form, policy, value) for form in FORMS for policy in VALUES for value in VALUES[policy]
 ]
 
 
@@ -66,7 +67,7 @@ def run(request: pytest.FixtureRequest, src: Path) -> Run:
 
 def test_every_policy_has_its_values_here():
     """A new policy is tested by existing: this fails until it is given numbers."""
-    assert VALUES.keys() == POLICIES.keys()
+    assert VALUES.keys() | MEASURED == POLICIES.keys()
 
 
 def test_every_source_tensor_is_accounted_for_exactly_once(run):

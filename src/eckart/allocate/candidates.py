@@ -73,6 +73,22 @@ def probe_ranks(menu: Menu) -> list[int]:
     return sorted({0, *(int(menu.ranks[place]) for place in places if place >= 0)})
 
 
+def losing(
+    menus: Mapping[str, Menu],
+    spectra: Mapping[str, Spectrum],
+    probes: Mapping[str, list[Probe]],
+) -> dict[str, Menu]:
+    """Returns the choices, worth what they lose by predicted curves that measurement corrected.
+
+    L(r) = ½ Σ_{i>r} σᵢ² · exp(what log(measured/predicted) is at r), between the probes by linear
+    interpolation. The losses are of one matrix at a time, and add up.
+    """
+    return {
+        name: menu.losing(corrected(spectra[name], probes[name], menu.ranks))
+        for name, menu in menus.items()
+    }
+
+
 def measured(
     menus: Mapping[str, Menu],
     spectra: Mapping[str, Spectrum],
@@ -80,16 +96,8 @@ def measured(
     budget: int,
     terms: Terms,
 ) -> dict[str, Choice]:
-    """Returns the choices that lose least, by predicted curves that measurement has corrected.
-
-    L(r) = ½ Σ_{i>r} σᵢ² · exp(what log(measured/predicted) is at r), between the probes by linear
-    interpolation. The losses are of one matrix at a time, and add up.
-    """
-    losing = {
-        name: menu.losing(corrected(spectra[name], probes[name], menu.ranks))
-        for name, menu in menus.items()
-    }
-    return spend(losing, budget, terms)
+    """Returns the choices that lose least within the budget, by the curves of `losing`."""
+    return spend(losing(menus, spectra, probes), budget, terms)
 
 
 def corrected(

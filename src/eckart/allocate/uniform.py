@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
+from eckart.allocate.budgets import Budget
 from eckart.allocate.item import Item, Terms
-from eckart.allocate.policies import Budget, FixedRank, RankPolicy
+from eckart.allocate.policies import FixedRank, RankPolicy
 
 
 def one_rank(policy: RankPolicy, items: Mapping[str, Item], terms: Terms) -> RankPolicy:

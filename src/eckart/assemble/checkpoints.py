@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from eckart.allocate import Choice
 from eckart.assemble.filling import Copy, Factor, Filler, Multiply, Order
@@ -10,6 +11,7 @@ from eckart.certificate import FactoredEntry
 from eckart.checkpoint.source import Source
 from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout, lay_out_checkpoint
 from eckart.decompose import Decomposition
+from eckart.decompose.fit import Fit
 from eckart.errors import InputError
 from eckart.formats import dense, factored
 from eckart.matrix import FactorForm, Matrix
@@ -49,12 +51,14 @@ def factored_assembly(
     choices: Mapping[str, Choice],
     decompositions: Mapping[str, Decomposition],
     *,
+    fits: Mapping[str, Fit] = MappingProxyType({}),
     left_out: Iterable[str] = (),
     dtype: str | None = None,
 ) -> Assembly:
     """Returns the plan of a factored checkpoint (format 1).
 
-    `choices` are the targeted tensors; every other one is copied, but for those `left_out`.
+    `choices` are the targeted tensors; every other one is copied, but for those `left_out`. What
+    has a fit takes its factors from there.
     Factors take the tensor's own dtype unless `dtype` names another.
     """
     entries = {
@@ -69,7 +73,7 @@ def factored_assembly(
         if name in choices and choices[name].rank is not None:
             stored = dtype or info.dtype
             layout |= factored.layout(name, entries[X], stored, info.dtype)
-            orders[name] = Factor(name, entries[X], decompositions[name], stored)
+            orders[name] = Factor(name, entries[X], decompositions[name], stored, fits.get(name))
         elif name not in left_out:
             stored = factored.stored_name(name, entries)
             layout[stored] = TensorLayout(info.dtype, info.shape, info.nbytes)

@@ -18,6 +18,7 @@ from eckart.checkpoint.source import Checkpoint, Source
 from eckart.checkpoint.statistics import Statistics
 from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout
 from eckart.decompose import Decomposition
+from eckart.decompose.fit import Approximation, Fit
 from eckart.decompose.request import FLOPS, on_threads, threads_for
 from eckart.decompose.weighting import Metrics
 from eckart.errors import CheckpointError, NonFiniteError, PromiseError
@@ -55,6 +56,7 @@ class Factor:
     entry: FactoredEntry
     decomposition: Decomposition
     dtype: str
+    fit: Fit | None = None  # where the factors are not those that the decomposition gives
 
     @property
     def seconds(self) -> float:
@@ -130,7 +132,7 @@ class Filler:
         matrix, form = factored.matrix_of(entry), self.format
         told, seen = self.source.known.get(name), Hash()
         together = matrix.is_stack and self.form is not None  # its B lies across the experts
-        written = self._written(form.layout(name, entry, order.dtype))
+        written, given = self._written(form.layout(name, entry, order.dtype)), order.fit or known
         metrics = Metrics(self.statistics, name)
 
         def pairs() -> Iterator[tuple[Tensor, Product]]:
@@ -140,7 +142,7 @@ class Filler:
                 if told is None:
                     seen.update(bytes_of(stored))
                 W = matrix.read(stored)
-                made.append(product_of(known, W, entry, order.dtype, index, metrics(index)))
+                made.append(product_of(given, W, entry, order.dtype, index, metrics(index)))
                 if not together:
                     self._write(order, made.pop(), index)
                     yield W, form.decode(written, name, entry, index)
@@ -189,13 +191,13 @@ class Filler:
             parameters=parameters,
             bytes=sizes,
             relative_error=measured.relative_error,
-            excess_estimate=known.excess_estimate,
+            excess_estimate=(order.fit or known).excess_estimate,
             optimum=optimum,
             output_error=measured.outputs,
             metric=weighted.metric if weighted else "frobenius",
             metric_error=weighted and weighted.relative_error,
             loss=weighted and weighted.loss,
-            method=known.method,
+            method=known.method if order.fit is None else order.fit.method,
             tail=tail(known.spectrum, entry.rank),
         )
 
@@ -246,7 +248,7 @@ class Filler:
 
 
 def product_of(  # noqa: PLR0917 one matrix of a tensor, and how it is written
-    decomposition: Decomposition,
+    approximation: Approximation,
     W: Tensor,
     entry: FactoredEntry,
     dtype: str,
@@ -256,7 +258,7 @@ def product_of(  # noqa: PLR0917 one matrix of a tensor, and how it is written
     """Returns the factors of one matrix as they are written: rounded to `dtype`."""
     pivoted = entry.form == "pivoted"
     wide = dtype in WIDE or pivoted
-    factors = decomposition.factors(W, entry.rank, index, metric=metric, wide=wide)
+    factors = approximation.factors(W, entry.rank, index, metric=metric, wide=wide)
     return (pivot(factors) if pivoted else factors).to(DTYPES[dtype])
 
 

@@ -7,7 +7,7 @@ forms compete under a budget, the one with the smaller error in the same space i
 import math
 from dataclasses import dataclass
 
-from eckart.allocate import Budget, Choice, Item, RankPolicy, Terms
+from eckart.allocate import Choice, Item, Priced, RankPolicy, Terms
 from eckart.assemble.filling import product_of
 from eckart.assemble.measurement import measure_error
 from eckart.certificate import FactoredEntry
@@ -54,7 +54,7 @@ class Settler:
         """Measures the candidates. Cost: a residual each; as a rule one, or two of forms."""
         metrics = Metrics(self.statistics, case.name)
         with on_threads(case.matrix.shape, self.threads):
-            if isinstance(self.policy, Budget):
+            if isinstance(self.policy, Priced):
                 return self._form(case, self.policy, metrics)
             return self._raised(case, self.policy.allowed or 0.0, metrics)
 
@@ -76,12 +76,12 @@ class Settler:
             f"{min(spectrum.shape)}) is within the error asked; a wider --dtype may be",
         )
 
-    def _form(self, case: Unsettled, budget: Budget, metrics: Metrics) -> Choice:
+    def _form(self, case: Unsettled, policy: Priced, metrics: Metrics) -> Choice:
         """Of both forms, each at the largest rank for the same price, the one with less error."""
         forms: tuple[FactorForm, ...] = ("ba", "pivoted")
         fitting: dict[FactorForm, int] = {
             form: min(
-                budget.same_price(case.item, case.rank, self.terms, form),
+                policy.same_price(case.item, case.rank, self.terms, form),
                 self._kept(case),
             )
             for form in forms

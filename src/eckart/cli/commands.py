@@ -121,6 +121,10 @@ def compress(
     size: Annotated[
         str | None, typer.Option(metavar="BYTES", help="Bytes of the output's tensors: 5GB, …")
     ] = None,
+    loss: Annotated[
+        float | None,
+        typer.Option(metavar="NATS", help="Per token, as measured; needs --statistics and a text."),
+    ] = None,
     form: Annotated[
         FormOption, typer.Option(help="How factors are stored; auto: less error, by budget.")
     ] = FormOption.ba,
@@ -148,7 +152,7 @@ def compress(
     quiet: Quiet = False,
     force: Force = False,
 ) -> None:
-    """Factor every matrix that pays: W → B, A. One of --rank, --energy, --error, --keep, --size."""
+    """Factor every matrix that pays: by --rank, --energy, --error, --keep, --size or --loss."""
     warm_up(1 if dry_run else workers)
     from eckart import api
 
@@ -160,11 +164,14 @@ def compress(
         "error": error,
         "keep": keep,
         "size": size_bytes,
+        "loss": loss,
     }
     settings: dict[str, Any] = {
         "form": form.value,
         "align": align,
         "statistics": statistics,
+        "text": text,
+        "tokens": tokens,
         "include": include or (),
         "exclude": exclude or (),
         "dtype": dtype,
@@ -188,8 +195,6 @@ def compress(
             shard_bytes=shard_bytes,
             work=work,
             keep_work=keep_work,
-            text=text,
-            tokens=tokens,
             progress=progress,
         )
     _show_certificate(certificate, json=json, quiet=quiet)

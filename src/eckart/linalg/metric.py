@@ -64,6 +64,11 @@ class Root:
             return X / S[:, None]
         return torch.linalg.solve_triangular(S.mT, X, upper=True)
 
+    def solved(self, X: Float[Tensor, "k c"]) -> Float[Tensor, "k c"]:
+        """Returns (S Sᵀ)⁻¹ X."""
+        S, X = self.factor, X.to(self.factor.dtype)
+        return X / S.square()[:, None] if S.ndim == 1 else torch.cholesky_solve(X, S)
+
 
 @dataclass(frozen=True, slots=True)
 class Metric:

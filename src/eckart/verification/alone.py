@@ -76,6 +76,9 @@ def metric_faults(certificate: Certificate) -> list[str]:
     ]
     if certificate.statistics is None and any(row.metric != "frobenius" for row in rows):
         faults.append("it names no statistics")
+    asked, measured = certificate.options.get("loss"), certificate.loss.measured
+    if isinstance(asked, float) and not (measured is not None and measured <= asked):
+        faults.append(f"it was to lose no more than {asked:.6g} nats, and says {measured}")
     if certificate.loss.predicted != (None if certificate.lost else predicted_loss(rows)):
         faults.append("the predicted loss is not the sum of its matrices'")
     return faults
