@@ -7,7 +7,7 @@ import torch
 from builders import eckart, read_document, read_tensors, snapshot, write_moments
 from safetensors.torch import save_file
 
-from eckart import compress, densify, verify
+from eckart import calibrate, compress, densify, probing, verify
 from eckart.checkpoint.opening import open_source
 from eckart.errors import CheckpointError, InputError, UsageError
 from eckart.hf import load_dense
@@ -205,3 +205,66 @@ def test_a_single_file_has_no_model_to_try(model, tokens, tmp_path):
         compress(
             model / "model.safetensors", tmp_path / "out", keep=0.5, statistics=S, tokens=tokens
         )
+
+
+def test_what_was_measured_of_a_matrix_is_not_measured_again(
+    model, tokens, statistics, tmp_path, monkeypatch
+):
+    """After a stop, and for another budget; with another text it is."""
+    asked = {"statistics": statistics, "tokens": tokens, "work": tmp_path / "work"}
+    compress(model, tmp_path / "whole", keep=0.5, statistics=statistics, tokens=tokens)
+    measured, names = probing.Tried._measured, []
+
+    def counted(self, name, ranks):
+        if len(names) == 5:
+            raise KeyboardInterrupt
+        names.append(name)
+        return measured(self, name, ranks)
+
+    monkeypatch.setattr(probing.Tried, "_measured", counted)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, tmp_path / "out", keep=0.5, **asked)
+    first, names = names, []
+    monkeypatch.setattr(probing.Tried, "_measured", lambda *a: names.append(a[1]) or measured(*a))
+    compress(model, tmp_path / "out", keep=0.5, **asked)
+    rest, names = names, []
+    compress(model, tmp_path / "other", keep=0.6, **asked)
+    again = [*names]
+    other = tmp_path / "other.safetensors"
+    save_file({"t": torch.ones(20, 12, dtype=torch.int64)}, other)
+    compress(model, tmp_path / "third", keep=0.6, **{**asked, "tokens": other})
+
+    assert len(first) == 5
+    assert not {*first} & {*rest}
+    assert again == []
+    assert {*names} == {*first, *rest}
+    a, b = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "whole")
+    assert all(torch.equal(a[name], b[name]) for name in a.keys() | b.keys())
+    loss, expected = (read_document(tmp_path / name)["loss"] for name in ("out", "whole"))
+    assert loss == expected
+
+
+def test_a_text_that_the_statistics_saw_is_remarked_upon(model, tokens, statistics, tmp_path):
+    """In the log and in the certificate: what is held out of it is nothing new."""
+    S = calibrate(model, tmp_path / "S", tokens=tokens).folder
+    line = ("compress", model, "--keep", 0.5, "--tokens", tokens, "-o")
+    words = "The text is the one that the statistics were taken of"
+    seen = eckart(*line, tmp_path / "seen", "--statistics", S)
+    unseen = eckart(*line, tmp_path / "unseen", "--statistics", statistics)
+
+    assert (seen.code, unseen.code) == (0, 0)
+    assert words in seen.err
+    assert words not in unseen.err
+    assert any(words in remark for remark in read_document(tmp_path / "seen")["remarks"])
+
+
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_loaded(
+    model, tokens, statistics, tmp_path, monkeypatch
+):
+    """With both numbers: exit 5."""
+    monkeypatch.setattr("eckart.planning.free_memory", lambda: 1000)
+    line = ("compress", model, "-o", tmp_path / "out", "--keep", 0.5, "--statistics", statistics)
+    done = eckart(*line, "--tokens", tokens)
+
+    assert done.code == 5
+    assert "bytes of memory in float32" in done.message

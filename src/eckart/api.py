@@ -1,7 +1,7 @@
 """The use cases, a few lines each: the stages of the house in order, and nothing else."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eckart.allocate import Form, RankPolicy
@@ -38,6 +38,7 @@ from eckart.inspection import Inspector, summary
 from eckart.planning import (
     Targets,
     check_device,
+    check_model,
     check_text,
     expert_remarks,
     find_targets,
@@ -178,6 +179,7 @@ def compress(
     )
     check_text(targets, given=text is not None or tokens is not None)
     given = text_of(targets, text=text, tokens=tokens)
+    targets = replace(targets, text=given and given.digest)
     trial = given and trial_of(
         targets, given, device=device, threads=threads, allow_pickle=allow_pickle
     )
@@ -234,6 +236,7 @@ def trial_of(
     targets: Targets, text: Text, *, device: str, threads: int | None, allow_pickle: bool
 ) -> Trial:
     """Returns the model on the tenth that is held out of a text."""
+    check_model(targets.source)
     return Trial(
         targets.source,
         held_out(text),

@@ -53,6 +53,7 @@ class Targets:
     tied: Mapping[str, str]
     dtypes: Mapping[str, str]  # of the factors, by tensor
     statistics: Statistics | None = None  # whose metric the matrices are approximated in
+    text: str | None = None  # the digest of what choices are tried on
 
     def is_weighted(self, name: str) -> bool:
         """Returns whether a matrix is approximated in a metric that statistics make."""
@@ -80,7 +81,7 @@ class Targets:
     @property
     def remarks(self) -> list[str]:
         """What a reader of the plan, or of the result, should know."""
-        return [*expert_remarks(self.matrices), *statistics_remarks(self)]
+        return [*expert_remarks(self.matrices), *statistics_remarks(self), *text_remarks(self)]
 
     @property
     def output_bytes(self) -> int:
@@ -247,6 +248,19 @@ def spread(
     return min(chosen, fitting)
 
 
+def check_model(source: Source) -> None:
+    """Raises ResourceError where a model in float32 is larger than the memory that is free."""
+    needed = 4 * sum(
+        info.parameters for name, info in source.tensors.items() if name not in source.tied
+    )
+    free = min(free_memory(), free_in_process())
+    if needed > free:
+        raise ResourceError(
+            f"{printable(source.path)} takes {needed:,} bytes of memory in float32, to be tried on "
+            f"a text, and {free:,} are free: leave the text out, or take a machine with more."
+        )
+
+
 def open_dense(path: Path, *, allow_pickle: bool = False) -> Source:
     """Returns a source that can be factored: not factored already, and not empty."""
     if (path / CERTIFICATE).exists() and read_certificate(path).kind == "factored":
@@ -385,6 +399,17 @@ def width_remarks(statistics: Statistics, names: Sequence[str]) -> list[str]:
             "that they took say little of any other text. Calibrate on more."
         )
     return remarks
+
+
+def text_remarks(targets: Targets) -> list[str]:
+    """Returns what is in doubt of a text that choices are tried on."""
+    known = targets.statistics
+    if known is None or targets.text != known.document.text.digest:
+        return []
+    return [
+        "The text is the one that the statistics were taken of: the tenth held out of it is "
+        "nothing new to the factors, and other text may lose more than is measured on it."
+    ]
 
 
 def _is_language_model(source: Source) -> bool:

@@ -3,28 +3,22 @@
 Knows parts, policies and trials; must not know how an output is written.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-from torch import Tensor
 
 from eckart.allocate import Budget, Choice, Loss
 from eckart.allocate.budget import Menu
-from eckart.allocate.candidates import Probe, candidates, losing, measured, probe_ranks
+from eckart.allocate.candidates import candidates, losing, measured
 from eckart.allocate.loss import Picks, most_saving
-from eckart.assemble.checkpoints import entry_of
-from eckart.assemble.filling import Factor
 from eckart.assemble.job import Job
-from eckart.assemble.multiplying import multiplied, restored
 from eckart.assemble.settling import Settler, Unsettled
 from eckart.certificate import Drift
 from eckart.decompose.fit import Fit
-from eckart.decompose.request import on_threads
-from eckart.decompose.weighting import Metrics
 from eckart.decompose.work import Work
 from eckart.execute import Task, Workers
 from eckart.linalg.spectrum import Spectrum
 from eckart.planning import Targets
+from eckart.probing import Tried
 from eckart.trial import Outcome, Trial
 
 
@@ -54,7 +48,7 @@ def select(
     if trial is None or not isinstance(policy, Budget):
         chosen = policy.choose(targets.items, spectra, targets.terms)
         return Selection({**fixed, **_settled(chosen, work, targets, job, workers)})
-    tried = _Tried(work, targets, job, workers, trial)
+    tried = Tried(work, targets, job, workers, trial)
     menus, left = policy.menus(targets.items, spectra, targets.terms)
     found = candidates(menus, left, targets.terms)
     probes = tried.all_probes(menus, spectra)
@@ -73,7 +67,7 @@ def savings(  # noqa: PLR0917 what was decomposed and asked, who does it, and wh
 ) -> "Savings":
     """Returns what can be saved for which loss. Cost: eight forward passes a matrix."""
     fixed, spectra = _known(work, targets)
-    tried = _Tried(work, targets, job, workers, trial)
+    tried = Tried(work, targets, job, workers, trial)
     menus = policy.menus(targets.items, spectra, targets.terms)
     curves = losing(menus, spectra, tried.all_probes(menus, spectra))
     return Savings(tried, fixed, curves)
@@ -83,7 +77,7 @@ def savings(  # noqa: PLR0917 what was decomposed and asked, who does it, and wh
 class Savings:
     """Curves of what every matrix loses, measured once, and the choices measured since."""
 
-    tried: "_Tried"
+    tried: Tried
     fixed: Mapping[str, Choice]
     curves: Mapping[str, Menu]
     measured: list[Selection] = field(default_factory=list[Selection])
@@ -154,57 +148,3 @@ def _settled(
     settler = Settler(job.source, policy, terms, job.threads, job.statistics)
     tasks = [Task(name, (case,), case.seconds) for name, case in cases.items()]
     return {**chosen, **dict(workers.map(settler, tasks, "measuring"))}
-
-
-@dataclass(frozen=True, slots=True)
-class _Tried:
-    """Products of the parts, tried out in the model."""
-
-    work: Work
-    targets: Targets
-    job: Job
-    workers: Workers
-    trial: Trial
-
-    def outcome(self, choices: Mapping[str, Choice]) -> Outcome:
-        """What the model becomes with all of the choices, as they would be written."""
-        changed = (
-            (name, self._written(name, choice)) for name, choice in choices.items() if choice.rank
-        )
-        return self.trial.outcome(changed)
-
-    def all_probes(
-        self, menus: Mapping[str, Menu], spectra: Mapping[str, Spectrum]
-    ) -> dict[str, list[Probe]]:
-        """What the model becomes with each of the matrices at some ranks."""
-        return {
-            name: self.probes(name, spectra[name], probe_ranks(menu))
-            for name, menu in menus.items()
-        }
-
-    def probes(self, name: str, spectrum: Spectrum, ranks: list[int]) -> list[Probe]:
-        """What the model becomes with one matrix at each of the ranks, the others as they are."""
-        self.workers.watch.note(f"trying {name} at {len(ranks)} ranks")
-        largest = [*self._factors(name, max(ranks))]
-        found = list[Probe]()
-        for rank in ranks:
-            parts = [B[:, :rank] @ A[:rank] for B, A in largest]
-            tensor = restored(self.targets.matrices[name], parts)
-            predicted = spectrum.tail_energy(rank) / 2
-            divergence = self.trial.outcome([(name, tensor)]).divergence
-            found.append(Probe(rank, predicted, divergence))
-        return found
-
-    def _factors(self, name: str, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
-        matrix, metrics = self.targets.matrices[name], Metrics(self.job.statistics, name)
-        with on_threads(matrix.shape, self.job.threads):
-            for index in range(matrix.count):
-                W = matrix.load(self.job.source, name, index)
-                factors = self.work.done[name].factors(W, rank, index, metric=metrics(index))
-                yield factors.B, factors.A
-
-    def _written(self, name: str, choice: Choice) -> Tensor:
-        matrix, dtype = self.targets.matrices[name], self.targets.dtypes[name]
-        entry = entry_of(matrix, choice.rank or 0, choice.form)
-        order = Factor(name, entry, self.work.done[name], dtype)
-        return multiplied(order, self.job.source, self.job.statistics, self.job.threads)

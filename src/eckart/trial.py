@@ -89,7 +89,7 @@ class Trial:
                 f"{printable(name)} of {printable(source.path)} cannot be tried out in "
                 f"{type(self.model).__name__} ({why}): compress without a text."
             )
-        self.places, self.device = places, device
+        self.places, self.device, self.digest = places, device, text.digest
         self.model.to(device)
         state: dict[str, Tensor] = self.model.state_dict()
         rows = {name: source.tensors[name].shape[0] for name in places}

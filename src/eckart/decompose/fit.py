@@ -52,7 +52,7 @@ class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     rank: int
     method: str
     excess_estimate: float
-    sums: dict[str, str] = {}  # tensor → SHA-256 of its bytes
+    sums: dict[str, str] = {}  # tensor → BLAKE3 of its bytes
 
     def encode(self) -> bytes:
         """Returns the canonical JSON, its digest filled in."""
