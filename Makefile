@@ -27,6 +27,7 @@ bench: $(VENV)/.dev  ## timings against torch and mergekit, appended to bench/RE
 	$(BIN)/python bench/bench_stream.py
 	$(BIN)/python bench/bench_adapters.py
 	$(BIN)/python bench/bench_calibrate.py
+	$(BIN)/python bench/bench_inference.py
 
 bench-quality: $(VENV)/.dev  ## perplexities by method; MODEL=… TOKENS=… (default: the demo model)
 	$(BIN)/python bench/bench_quality.py $(if $(MODEL),--model $(MODEL)) $(if $(TOKENS),--tokens $(TOKENS))

@@ -5,14 +5,16 @@ intermediate 2560: 99 M parameters in its linear layers), float32, and random to
 256. Measured in one process, on as many threads as there are cores, alternating:
 
 - forward and backward: logits, cross-entropy and the gradient of every parameter, as a step of
-  training takes them, in batches of the size that calibrate takes;
+  training takes them, in batches of the size that calibrate takes; and the same with the parameters
+  frozen, which is all that calibrate itself needs of a backward pass;
 - SVDs alone: values and short-side vectors of every matrix in memory, one on each core;
 - calibrate with each kind of curvature, and compress to 0.6 of the parameters with the statistics:
   as the Python functions are called, from a loaded package to the published folder, loading,
   hashing and measuring what was written included.
 
-Ratios are of calibrate + compress to forward and backward + SVDs, the median of the rounds. Results
-are appended to `bench/RESULTS.md`.
+Ratios are of calibrate + compress to forward and backward + SVDs, the median of the rounds, beside
+either backward pass. On a machine that others use, `--cpu-time` counts the CPU's seconds on one
+thread instead of the wall's. Results are appended to `bench/RESULTS.md`.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,46 +68,82 @@ def write_model(folder: Path, hidden: int, wide: int, layers: int) -> int:
     return layers * (4 * hidden**2 + 3 * hidden * wide)
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Returns the seconds of a call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+@dataclass(frozen=True)
+class Clock:
+    """What seconds are, and on how many threads they pass."""
+
+    read: Callable[[], float]
+    threads: int
+
+    def timed(self, call: Callable[[], Any]) -> float:
+        """Returns the seconds of a call."""
+        start = self.read()
+        call()
+        return self.read() - start
 
 
-def passes(folder: Path, ids: torch.Tensor, sequences: int) -> Callable[[], None]:
+def passes(folder: Path, ids: torch.Tensor, sequences: int, *, frozen: bool) -> Callable[[], None]:
     """Returns one forward and backward pass over the tokens, ready to be run."""
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    model = LlamaForCausalLM.from_pretrained(folder).eval().requires_grad_(not frozen)
     model.config.use_cache = False
+    embed = model.get_input_embeddings()
 
     def run() -> None:
         for batch in ids.split(sequences):
-            logits = model(input_ids=batch).logits[:, :-1]
+            x = embed(batch)
+            logits = model(inputs_embeds=x.requires_grad_() if frozen else x).logits[:, :-1]
             labels = batch[:, 1:].flatten()
             F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum").backward()
 
     return run
 
 
-def svds(folder: Path) -> float:
+def svds(folder: Path, clock: Clock) -> float:
     """Returns the seconds of every matrix's SVD, one on each core at a time, without reading."""
     source = open_source(folder)
     loaded = {name: source.load(name) for name in matrices(source)[0]}
-    with one_thread(), ThreadPoolExecutor(cores()) as pool:
-        return timed(lambda: [*pool.map(short_side_svd, loaded.values(), loaded)])
+    with one_thread(clock), ThreadPoolExecutor(clock.threads) as pool:
+        return clock.timed(lambda: [*pool.map(short_side_svd, loaded.values(), loaded)])
 
 
 @contextmanager
-def one_thread() -> Generator[None]:
+def one_thread(clock: Clock) -> Generator[None]:
     """One thread for each matrix, as compress has it for these shapes."""
     with threadpool_limits(1):
         torch.set_num_threads(1)
         try:
             yield
         finally:
-            torch.set_num_threads(cores())
+            torch.set_num_threads(clock.threads)
+
+
+def one_round(folder: Path, model: Path, ids: torch.Tensor, clock: Clock) -> dict[str, float]:
+    """Returns the seconds of everything, once each."""
+    out, tokens, found = folder / "S", folder / "ids.safetensors", dict[str, float]()
+    save_file({"ids": ids}, tokens)
+    sequences = 1
+    for kind in KINDS:
+        shutil.rmtree(out, ignore_errors=True)
+        start = clock.read()
+        known = calibrate(model, out, tokens=tokens, curvature=kind)
+        found[kind] = clock.read() - start
+        sequences = int(str(known.document.options["sequences"]))
+        small = partial(compress, model, folder / "small", keep=KEEP, statistics=out)
+        found[f"compress {kind}"] = clock.timed(partial(small, force=True, workers=clock.threads))
+    for name, frozen in (("passes", False), ("frozen", True)):
+        found[name] = clock.timed(passes(model, ids, sequences, frozen=frozen))
+    found["svds"] = svds(model, clock)
+    print(*(f"{name} {seconds:.1f} s" for name, seconds in found.items()), sep=", ", flush=True)
+    return found
+
+
+def ratio(rounds: list[dict[str, float]], kind: str, passes: str) -> float:
+    """Returns the median of what calibrate and compress take, beside a pass and the SVDs."""
+    return statistics.median(
+        (one[kind] + one[f"compress {kind}"]) / (one[passes] + one["svds"]) for one in rounds
+    )
 
 
 def main() -> None:
@@ -115,54 +154,34 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="one thread's, not the wall's")
     parser.add_argument("--folder", type=Path, help="where there is room; default: temporary")
     parser.add_argument("--no-ledger", action="store_true", help="print only")
     options = parser.parse_args()
-    torch.set_num_threads(cores())
+    clock = Clock(time.process_time, 1) if options.cpu_time else Clock(time.perf_counter, cores())
+    torch.set_num_threads(clock.threads)
     keep_freed_memory()
-    kinds = [*KINDS, *(f"compress {kind}" for kind in KINDS)]
-    times: dict[str, list[float]] = {kind: [] for kind in ("passes", "svds", *kinds)}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        model, out, tokens = Path(name) / "model", Path(name) / "S", Path(name) / "ids.safetensors"
+        folder, model = Path(name), Path(name) / "model"
         parameters = write_model(model, options.hidden, options.wide, options.layers)
         ids = torch.randint(0, VOCABULARY, (options.tokens // LENGTH, LENGTH))
-        save_file({"ids": ids}, tokens)
-        for _ in range(options.rounds):
-            for kind in KINDS:
-                shutil.rmtree(out, ignore_errors=True)
-                start = time.perf_counter()
-                found = calibrate(model, out, tokens=tokens, curvature=kind)
-                times[kind].append(time.perf_counter() - start)
-                small = partial(compress, model, Path(name) / "small", keep=KEEP, statistics=out)
-                times[f"compress {kind}"].append(timed(partial(small, force=True)))
-                print(
-                    kind, *(f"{times[k][-1]:.1f} s" for k in (kind, f"compress {kind}")), flush=True
-                )
-            together = int(str(found.document.options["sequences"]))
-            times["passes"].append(timed(passes(model, ids, together)))
-            times["svds"].append(svds(model))
-            print(f"passes {times['passes'][-1]:.1f} s, SVDs {times['svds'][-1]:.1f} s", flush=True)
-    middle = {kind: statistics.median(found) for kind, found in times.items()}
-    ratios = {
-        kind: statistics.median(
-            (a + b) / (c + d)
-            for a, b, c, d in zip(
-                times[kind], times[f"compress {kind}"], times["passes"], times["svds"], strict=True
-            )
-        )
-        for kind in KINDS
-    }
+        rounds = [one_round(folder, model, ids, clock) for _ in range(options.rounds)]
+    middle = {kind: statistics.median(one[kind] for one in rounds) for kind in rounds[0]}
     lines = [
         heading(),
         f"`calibrate`, `compress --keep {KEEP} --statistics`; {parameters / 1e6:.0f} M parameters "
         f"in {7 * options.layers} matrices (hidden {options.hidden}, intermediate {options.wide}), "
-        f"{options.tokens} tokens; forward and backward alone {middle['passes']:.1f} s, SVDs alone "
+        f"{options.tokens} tokens, {options.rounds} rounds"
+        f"{', CPU time' if options.cpu_time else ''}; forward and backward alone "
+        f"{middle['passes']:.1f} s, with frozen parameters {middle['frozen']:.1f} s, SVDs alone "
         f"{middle['svds']:.1f} s.\n",
-        "| curvature | calibrate, s | to the passes | compress, s | **both, to both alone** |",
-        "|---|---|---|---|---|",
+        "| curvature | calibrate, s | to the passes | compress, s | **both, to both alone** "
+        "| with frozen parameters |",
+        "|---|---|---|---|---|---|",
         *(
             f"| {kind} | {middle[kind]:.1f} | {middle[kind] / middle['passes']:.2f} "
-            f"| {middle[f'compress {kind}']:.1f} | **{ratios[kind]:.2f}** |"
+            f"| {middle[f'compress {kind}']:.1f} | **{ratio(rounds, kind, 'passes'):.2f}** "
+            f"| {ratio(rounds, kind, 'frozen'):.2f} |"
             for kind in KINDS
         ),
     ]

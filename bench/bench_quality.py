@@ -41,7 +41,7 @@ import eckart
 from eckart.certificate import read_certificate
 from eckart.checkpoint.opening import open_checkpoint
 from eckart.checkpoint.statistics import Statistics, open_statistics
-from eckart.demonstration.story import embedded
+from eckart.demonstration.scene import embedded
 from eckart.formats import factored
 from eckart.hf import load_dense
 from eckart.linalg.metric import CURVATURE_DAMPING, INPUT_DAMPING

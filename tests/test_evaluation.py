@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eckart.demonstration.story import embedded
+from eckart.demonstration.scene import embedded
 from eckart.errors import InputError
 from eckart.evaluation import compare, perplexity
 from eckart.texts import Text

@@ -8,7 +8,7 @@ import torch
 from builders import eckart
 from test_cli import COMMANDS
 
-from eckart.demonstration.story import embedded
+from eckart.demonstration.scene import embedded
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eckart.demonstration.story import embedded
+from eckart.demonstration.scene import embedded
 from eckart.errors import CheckpointError, InputError, UsageError
 from eckart.texts import Text, check_vocabulary, open_text, read_batch, read_tokens, tokenize
 

@@ -290,3 +290,16 @@ def test_layer_runs_inside_a_model(kind):
     x = _input(4, 7)
 
     assert torch.equal(model(x), twin(x))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradients_are_those_of_the_product(kind):
+    """By finite differences, of the input, of both factors and of the bias."""
+    layer = kind.from_linear(_linear(5, 6, dtype=torch.float64), rank=2)
+    x = _input(3, 5, dtype=torch.float64).requires_grad_()
+    parameters = dict(layer.named_parameters())
+
+    def run(x, *values):
+        return torch.func.functional_call(layer, dict(zip(parameters, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *parameters.values()))

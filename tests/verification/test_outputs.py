@@ -183,7 +183,7 @@ def test_the_command_prints_the_rows_and_their_figures(folders):
 
 def test_a_text_is_encoded_by_the_sources_own_tokenizer(tmp_path):
     """The embedded model, whose tokenizer takes bytes."""
-    from eckart.demonstration.story import embedded
+    from eckart.demonstration.scene import embedded
 
     source, text = embedded("models", "base"), tmp_path / "text.txt"
     text.write_text("def f(x):\n    return x\n" * 4)

@@ -63,7 +63,7 @@ def demo(
     ),
     force: Force = False,
 ) -> None:
-    """The whole story on the embedded model, in under a minute."""
+    """The whole story on the embedded models, in about a minute."""
     from eckart.demonstration.story import tell
 
     tell(output, Console(highlight=False), force=force)

@@ -9,6 +9,7 @@ import warnings
 from typing import Self
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from eckart.errors import InputError, RankError
@@ -166,7 +167,7 @@ class PivotedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns W'x + b for x of shape (…, n)."""
         h = self.A(x)
-        y = torch.cat([h, self.K(h)], dim=-1)[..., self.perm.argsort()]
+        y = scattered(h, self.K(h), self.perm)
         return y if self.bias is None else y + self.bias
 
     def factors(self) -> PivotedFactors:
@@ -176,6 +177,22 @@ class PivotedLinear(nn.Module):
     def extra_repr(self) -> str:
         """in, out and rank, as `nn.Linear` prints its sizes."""
         return f"{self.A.in_features} → {len(self.perm)}, rank={self.rank}"
+
+
+def scattered(
+    pivots: Float[Tensor, "*rows r"], others: Float[Tensor, "*rows k"], perm: Int[Tensor, " m"]
+) -> Float[Tensor, "*rows m"]:
+    """Returns y with y[…, perm] = [pivots, others].
+
+    Each half goes straight to its places: putting them together first and sorting `perm` for a
+    gather took as long as the products of one token do.
+
+    >>> scattered(torch.tensor([1.0]), torch.tensor([2.0, 3.0]), torch.tensor([2, 0, 1]))
+    tensor([2., 3., 1.])
+    """
+    r = pivots.shape[-1]
+    y = pivots.new_empty(*pivots.shape[:-1], len(perm))
+    return y.index_copy_(-1, perm[:r], pivots).index_copy_(-1, perm[r:], others)
 
 
 def check_rank(rank: int, m: int, n: int) -> None:
