@@ -254,7 +254,7 @@ def changed_during(stage: str, src: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(api, stage, wrapped)
 
 
-@pytest.mark.parametrize("stage", ["decompose_all", "select"])
+@pytest.mark.parametrize("stage", ["decompose_all", "decide"])
 def test_a_source_that_changes_during_the_run_is_noticed(stage, src, tmp_path, monkeypatch):
     """Exit 3, the file's name, no output."""
     changed_during(stage, src, monkeypatch)
