@@ -87,7 +87,7 @@ Order = Copy | Add | AddBias | Replace
 THREADS = 1
 """For one tensor, whatever its shape: its bytes pass by faster than they are hashed."""
 
-BLOCK_ENTRIES = 2**19
+BLOCK_ENTRIES = 2**18
 """Added to at once: as stored and in float32 they stay in the cache together."""
 
 MUCH = 0.1
