@@ -9,6 +9,7 @@ from pathlib import Path
 
 from eckart.allocate import AutoRank, Choice, FixedRank, Item, RankPolicy, Terms, one_rank
 from eckart.allocate.policies import Keep
+from eckart.assemble.adapter_certification import certify_merged
 from eckart.assemble.filling import Filled
 from eckart.assemble.job import Job
 from eckart.assemble.recombination import (
@@ -16,7 +17,6 @@ from eckart.assemble.recombination import (
     Recombiner,
     SpectrumOf,
     Sum,
-    certify_merged,
     entries_of,
     layout_of,
     sums_of,
