@@ -22,7 +22,7 @@ from builders import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from eckart import extract, verify
+from eckart import apply, extract, verify
 from eckart.errors import InputError, LossError, PromiseError, StaleError, UsageError
 from eckart.execute import local
 
@@ -592,3 +592,23 @@ def test_a_lost_tensor_is_named_even_if_it_is_new(simple, tmp_path):
     with pytest.raises(LossError) as refused:
         extract(tuned, base, tmp_path / "out", rank=2)
     assert any("extra.weight" in note for note in refused.value.__notes__)
+
+
+APPLIED = {
+    "bytes of a sum": lambda d: d["matrices"][0]["bytes"].__setitem__(0, 1),
+    "parameters before": lambda d: d["totals"]["model_parameters"].__setitem__(0, 1),
+    "bytes before": lambda d: d["totals"]["tensor_bytes"].__setitem__(0, 1),
+    "targeted": lambda d: d["totals"].update(targeted_parameters=[1, 1]),
+}
+
+
+@pytest.mark.parametrize("forgery", APPLIED)
+def test_forged_counts_of_a_base_with_an_adapter_in_it_are_found(forgery, simple, tmp_path):
+    """By the base alone: what it held, and what each sum does."""
+    extract(*simple, tmp_path / "adapter", rank=3)
+    out = tmp_path / "out"
+    apply(tmp_path / "adapter", simple[1], out)
+
+    assert all(check.held for check in verify(out, tmp_path / "adapter", base=simple[1]))
+    forge(out, APPLIED[forgery])
+    assert not all(check.held for check in verify(out, tmp_path / "adapter", base=simple[1]))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import eckart, read_document, undetected
+from builders import eckart, forge, read_document, undetected
 from safetensors.torch import load_file, save_file
 
 from eckart import convert, merge, resize, verify
@@ -397,3 +397,30 @@ def test_any_changed_byte_is_found(tmp_path):
 
     assert undetected(out, 5) == []
     assert read_document(out)["kind"] == "merged"
+
+
+COUNTS = {
+    "parameters of a module": lambda d: d["matrices"][0]["parameters"].__setitem__(0, 1),
+    "bytes of a module": lambda d: d["matrices"][0]["bytes"].__setitem__(0, 1),
+    "bytes of what is left out": lambda d: d["matrices"][-1]["bytes"].__setitem__(0, 1),
+    "parameters before": lambda d: d["totals"]["model_parameters"].__setitem__(0, 1),
+    "bytes before": lambda d: d["totals"]["tensor_bytes"].__setitem__(0, 1),
+    "targeted": lambda d: d["totals"]["targeted_parameters"].__setitem__(0, 1),
+    "keep": lambda d: d["totals"].update(keep=0.5),
+}
+
+
+@pytest.mark.parametrize("forgery", COUNTS)
+def test_forged_counts_of_what_was_given_are_found(forgery, tmp_path):
+    """By the adapters alone; of a module that cancelled, and padded ones, the counts are true."""
+    one = write_adapter(tmp_path / "one", {"layers.0.q": 4, "layers.0.up": 5}, 1)
+    two = write_adapter(tmp_path / "two", {"layers.1.q": 2}, 2, dtype=torch.bfloat16)
+    given, out = [one, one, two, two], tmp_path / "out"
+    options = {"weights": [1, 1, 1, -1], "rank": "auto", "consumer": "vllm", "dtype": "float16"}
+    certificate = merge(given, out, **options)
+    checks = verify(out, given)
+
+    assert [row.rank for row in certificate.matrices] == [4, 5, 0]
+    assert [check for check in checks if not check.held] == []
+    forge(out, COUNTS[forgery])
+    assert not all(check.held for check in verify(out, given))

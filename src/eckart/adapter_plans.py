@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eckart.allocate import AutoRank, Budget, FixedRank
+from eckart.allocate import AutoRank, Budget, FixedRank, Size
 from eckart.application import application_of
 from eckart.assemble.application import Add, Replace
 from eckart.assemble.recombination import Sum
@@ -69,12 +69,15 @@ def plan_extraction(
     remarks = [*metric_remarks(targets), *_consumer_remarks(targets, brief.consumer)]
     count = _workers(peaks, targets, workers=workers, threads=threads)
     peak, free = count * max(peaks.values(), default=0), free_at(Path(out))
-    room = targets.output_bytes + targets.work_bytes
+    output = targets.output_bytes
+    if isinstance(brief.policy, Size):
+        output = min(output, brief.policy.value)
+    room = output + targets.work_bytes
     sources = brief.tuned, brief.base
     return AdapterPlan(
         matrices=[planned(name, targets) for name in targets.items],
         read_bytes=sum(i.nbytes for source in sources for i in source.tensors.values()),
-        output_bytes=targets.output_bytes,
+        output_bytes=output,
         free_bytes=free,
         work_bytes=targets.work_bytes,
         peak_bytes=peak,

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from eckart.assemble.application import Applier, Order, Replace, certify_applied, orders_of
+from eckart.assemble.adapter_certification import certify_applied
+from eckart.assemble.application import Applier, Order, Replace, orders_of
 from eckart.assemble.filling import Filled
 from eckart.assemble.job import Job
 from eckart.assemble.sidecars import write_sidecars

@@ -17,6 +17,7 @@ from eckart.allocate import (
     Terms,
     one_rank,
 )
+from eckart.assemble.adapter_certification import certify_merged
 from eckart.assemble.filling import Filled
 from eckart.assemble.job import Job
 from eckart.assemble.recombination import (
@@ -24,7 +25,6 @@ from eckart.assemble.recombination import (
     Recombiner,
     SpectrumOf,
     Sum,
-    certify_merged,
     entries_of,
     layout_of,
     sums_of,

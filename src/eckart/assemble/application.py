@@ -5,26 +5,21 @@ once to the base's dtype; what rounding cost is measured as a share of what was 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from eckart.assemble.certification import file_records, run_of, versions
 from eckart.assemble.filling import BYTES_PER_SECOND, Copy, Filled
-from eckart.assemble.job import Job
 from eckart.assemble.placement import placed
-from eckart.certificate import Certificate, MatrixRecord, Row, SourceRecord, TiedRow, Totals
+from eckart.certificate import MatrixRecord
 from eckart.checkpoint.hashing import Hash, bytes_of, digest_of
 from eckart.checkpoint.header import DTYPES, TensorInfo
-from eckart.checkpoint.opening import open_checkpoint
-from eckart.checkpoint.paths import printable, write_file
+from eckart.checkpoint.paths import printable
 from eckart.checkpoint.quantized import EIGHT_BITS
 from eckart.checkpoint.source import Source
 from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout
-from eckart.checkpoint.writer import CERTIFICATE
 from eckart.decompose.request import FLOPS
 from eckart.errors import CheckpointError
 from eckart.families import FLOATING, has_conv1d, has_grown, is_tied_to_head, matrix_as_used
@@ -89,13 +84,6 @@ THREADS = 1
 
 BLOCK_ENTRIES = 2**18
 """Added to at once: as stored and in float32 they stay in the cache together."""
-
-MUCH = 0.1
-"""Of an addition: more lost by rounding deserves a remark."""
-
-UNTOUCHED = "not in the adapter"
-REPLACED = "as the adapter has it"
-SUMMED = "a bias, with what the adapter adds to it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,66 +298,3 @@ def _record(order: Add, info: TensorInfo, error: float) -> MatrixRecord:
         method="sum",
         tail=[],
     )
-
-
-def certify_applied(
-    job: Job,
-    adapter: Adapter,
-    orders: Mapping[str, Order],
-    filled: Iterable[Filled],
-    files: Mapping[str, str],
-) -> Certificate:
-    """Writes eckart.json over everything that stands in the staged folder."""
-    base, filled = job.source, [*filled]
-    digests = {one.name: one.source_digest for one in filled if one.source_digest}
-    written = open_checkpoint(job.staged)
-    records = sorted((one.record for one in filled if one.record), key=lambda record: record.name)
-    both = [
-        [info for name, info in one.tensors.items() if name not in base.tied]
-        for one in (base, written)
-    ]
-    targeted = sum(record.parameters[0] for record in records)
-    certificate = Certificate(
-        kind="applied",
-        source=SourceRecord(name=base.name, fingerprint=base.fingerprint(digests)),
-        adapter=SourceRecord(name=adapter.source.name, fingerprint=adapter.source.fingerprint()),
-        options=job.options,
-        versions=versions(),
-        files=file_records(job.staged, files),
-        matrices=records,
-        copied=[Row(name=n, reason=UNTOUCHED) for n, o in orders.items() if isinstance(o, Copy)],
-        refitted=[
-            Row(name=n, reason=REPLACED if isinstance(o, Replace) else SUMMED)
-            for n, o in orders.items()
-            if isinstance(o, Replace | AddBias)
-        ],
-        tied=[TiedRow(name=name, to=to) for name, to in sorted(base.tied.items())],
-        factored={},
-        totals=Totals(
-            targeted_parameters=(targeted, targeted),
-            model_parameters=(_sum(both[0], "parameters"), _sum(both[1], "parameters")),
-            tensor_bytes=(_sum(both[0], "nbytes"), _sum(both[1], "nbytes")),
-            keep=1.0,
-        ),
-        remarks=_rounded_away(records),
-        run=run_of(job),
-    )
-    write_file(job.staged / CERTIFICATE, certificate.encode())
-    return certificate
-
-
-def _rounded_away(records: Sequence[MatrixRecord]) -> list[str]:
-    """Where the dtype of the base swallowed much of what was added."""
-    large = [record for record in records if record.relative_error > MUCH]
-    if not large:
-        return []
-    worst = max(large, key=lambda record: record.relative_error)
-    return [
-        f"rounding to {worst.dtype} took more than a tenth of what was added to {len(large)} of "
-        f"{len(records)} tensors, {worst.relative_error:.0%} of it in {printable(worst.name)}: the "
-        "addition is small beside the weights."
-    ]
-
-
-def _sum(infos: Iterable[TensorInfo], what: Literal["parameters", "nbytes"]) -> int:
-    return sum(getattr(info, what) for info in infos)

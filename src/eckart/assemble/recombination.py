@@ -4,32 +4,23 @@ The factors of all summands, side by side, are a product of their exact sum; QR 
 of the small core give its singular values, and its best approximation at any rank.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 import torch
 
 from eckart.allocate import Choice, Item
-from eckart.assemble.adapters import dropped
-from eckart.assemble.certification import file_records, run_of, versions
 from eckart.assemble.filling import Copy, Filled
-from eckart.assemble.job import Job
 from eckart.assemble.measurement import tail
 from eckart.certificate import (
-    Certificate,
     FactoredEntry,
-    Kind,
     MatrixRecord,
-    Row,
-    SourceRecord,
-    Totals,
 )
-from eckart.checkpoint.header import DTYPES, TensorInfo, read_header
-from eckart.checkpoint.paths import printable, write_file
+from eckart.checkpoint.header import DTYPES
+from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
 from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout
-from eckart.checkpoint.writer import CERTIFICATE
 from eckart.decompose.request import FLOPS, on_threads
 from eckart.errors import CheckpointError
 from eckart.formats import peft
@@ -41,8 +32,6 @@ from eckart.linalg.factors import Factors, product_energy, product_spectrum, rec
 from eckart.linalg.rank import product_rank
 from eckart.linalg.residual import rounded_up
 from eckart.linalg.spectrum import Spectrum
-
-WHOLE = "stored whole in the adapter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,9 +253,16 @@ class Recombiner:
         return Filled(order.name, None, _record(order, stored, spectrum, error))
 
 
+def counts_of(one: Sum, stored: int, dtype: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns the parameters and the bytes, each of the given factors and of those at a rank."""
+    given, after = one.parameters, one.count * stored * sum(one.shape)
+    sizes = given * DTYPES[one.dtype].itemsize, after * DTYPES[dtype].itemsize
+    return (given, after), sizes
+
+
 def _record(order: Recombine, stored: int, spectrum: Spectrum | None, error: float) -> MatrixRecord:
     one, entry = order.sum, order.entry
-    given, after = one.parameters, one.count * stored * sum(one.shape)
+    parameters, sizes = counts_of(one, stored, order.dtype)
     optimum = None
     if spectrum is not None:
         optimum = spectrum.relative_error(entry.rank) if spectrum.energy else 0.0
@@ -277,8 +273,8 @@ def _record(order: Recombine, stored: int, spectrum: Spectrum | None, error: flo
         orientation=entry.orientation,
         rank=entry.rank,
         form="ba",
-        parameters=(given, after),
-        bytes=(given * DTYPES[one.dtype].itemsize, after * DTYPES[order.dtype].itemsize),
+        parameters=parameters,
+        bytes=sizes,
         relative_error=error,
         excess_estimate=0.0,
         optimum=optimum,
@@ -311,56 +307,6 @@ def bias_of_sum(one: Sum) -> torch.Tensor:
     return torch.stack(terms).sum(0)
 
 
-def certify_merged(
-    job: Job,
-    adapters: Sequence[Adapter],
-    sums: Mapping[str, Sum],
-    choices: Mapping[str, Choice],
-    filled: Iterable[Filled],
-    *,
-    kind: Kind,
-    form: AdapterForm,
-    remarks: Sequence[str] = (),
-) -> Certificate:
-    """Writes eckart.json over everything that stands in the staged folder."""
-    entries = entries_of(sums, {name: choice.rank for name, choice in choices.items()})
-    records = [one.record for one in filled if one.record]
-    records += [
-        dropped(sums[name].entry(0), sums[name].dtype, name, sums[name].parameters)
-        for name, choice in choices.items()
-        if not choice.rank
-    ]
-    records.sort(key=lambda record: record.name)
-    before = sum(one.parameters for one in sums.values())
-    after = sum(record.parameters[1] for record in records)
-    given = [info for adapter in adapters for info in adapter.source.tensors.values()]
-    written = [*read_header(job.staged / form.weights).values()]
-    sources = [
-        SourceRecord(name=one.source.name, fingerprint=one.source.fingerprint()) for one in adapters
-    ]
-    certificate = Certificate(
-        kind=kind,
-        source=sources[0],
-        merged=sources,
-        options=job.options,
-        versions=versions(),
-        files=file_records(job.staged),
-        matrices=records,
-        copied=[Row(name=name, reason=WHOLE) for name in adapters[0].whole],
-        factored={peft.module_of(name): entry for name, entry in entries.items()},
-        totals=Totals(
-            targeted_parameters=(before, after),
-            model_parameters=(_parameters(given), _parameters(written)),
-            tensor_bytes=(sum(i.nbytes for i in given), sum(i.nbytes for i in written)),
-            keep=after / before if before else 0.0,
-        ),
-        remarks=[*remarks],
-        run=run_of(job),
-    )
-    write_file(job.staged / CERTIFICATE, certificate.encode())
-    return certificate
-
-
 def layout_of(
     sums: Mapping[str, Sum],
     choices: Mapping[str, Choice],
@@ -388,7 +334,3 @@ def layout_of(
         layout[stored] = TensorLayout(info.dtype, info.shape, info.nbytes)
         orders[name] = Copy(given, stored, info.nbytes)
     return layout, orders
-
-
-def _parameters(infos: Iterable[TensorInfo]) -> int:
-    return sum(info.parameters for info in infos)

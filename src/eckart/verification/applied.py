@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from eckart.assemble.adapter_certification import applied_totals
 from eckart.assemble.application import (
     THREADS,
     Add,
@@ -111,6 +112,21 @@ def checks_against_sum(
     copies = digests_of(written, names, workers)
     faults = [f"{name} differs from the base's" for name in names if copies[name] != digests[name]]
     yield Check.of("copies", faults, f"{len(names)} tensors identical to the base, byte for byte")
+    yield _check_counts(written, base, certificate)
+
+
+def _check_counts(written: Source, base: Source, certificate: Certificate) -> Check:
+    """Parameters and bytes of every sum, and of both models."""
+    faults = [
+        f"{record.name} has other counts"
+        for record in certificate.matrices
+        if (info := base.tensors.get(record.name)) is None
+        or record.parameters != (info.parameters, info.parameters)
+        or record.bytes != (info.nbytes, info.nbytes)
+    ]
+    if applied_totals(base, written, certificate.matrices) != certificate.totals:
+        faults.append("the totals are others")
+    return Check.of("counts", faults, "parameters and bytes, of each sum and in all")
 
 
 def _differs(written: Source, name: str, adapter: Adapter, stored: str) -> bool:

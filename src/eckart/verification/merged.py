@@ -3,11 +3,12 @@
 Knows the format and the certificate; must not know how the adapter was made.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eckart.assemble.recombination import Sum, bias_of_sum, missed_energy, sums_of
+from eckart.assemble.adapter_certification import merged_totals
+from eckart.assemble.recombination import Sum, bias_of_sum, counts_of, missed_energy, sums_of
 from eckart.certificate import Certificate, FactoredEntry, MatrixRecord
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
@@ -94,7 +95,7 @@ def checks_against_adapters(
     measured = dict(workers.map(_Measurer(written, form), tasks, "measuring"))
     for row in certificate.matrices:
         if row.rank:
-            yield _check_sum(row, measured[row.name], sums[row.name])
+            yield _check_sum(row, measured[row.name])
     faults = [
         f"{name} differs from the adapter's"
         for name, given in adapters[0].whole.items()
@@ -110,6 +111,30 @@ def checks_against_adapters(
             if not stored.equal(bias_of_sum(one).to(stored.dtype)):
                 faults.append(f"{bias} is not the sum")
     yield Check.of("others", faults, "what is no product is as the adapters have it")
+    yield _check_counts(written, adapters, sums, certificate)
+
+
+def _check_counts(
+    written: Source,
+    adapters: Sequence[Adapter],
+    sums: Mapping[str, Sum],
+    certificate: Certificate,
+) -> Check:
+    """Parameters and bytes of every module, and of all adapters."""
+    entries = entries_of(certificate)
+    form, faults = form_of(certificate, entries), list[str]()
+    for record in certificate.matrices:
+        one, entry = sums[record.name], entries.get(record.name)
+        stored, dtype = 0, one.dtype
+        if entry is not None:
+            stored = form.stored(entry).rank
+            dtype = written.tensors[form.part_names(record.name, entry)[0]].dtype
+        if (record.parameters, record.bytes) != counts_of(one, stored, dtype):
+            faults.append(f"{record.name} has other counts")
+    totals = merged_totals(adapters, written.tensors, certificate.matrices)
+    if totals != certificate.totals:
+        faults.append("the totals are others")
+    return Check.of("counts", faults, "parameters and bytes, of each module and in all")
 
 
 def _weights(certificate: Certificate) -> list[float]:
@@ -123,9 +148,7 @@ def _weights(certificate: Certificate) -> list[float]:
     return weights
 
 
-def _check_sum(record: MatrixRecord, found: float, one: Sum) -> Check:
+def _check_sum(record: MatrixRecord, found: float) -> Check:
     held = found <= record.relative_error * (1 + ROUNDING) + NOISE
     faults = [] if held else [f"error {found:.6g}, certified {record.relative_error:.6g}"]
-    if record.parameters[0] != one.parameters:
-        faults.append("other counts")
     return Check.of(record.name, faults, f"error {found:.3g} of the exact sum")
