@@ -262,7 +262,7 @@ def test_a_model_that_no_memory_holds_is_refused_before_it_is_loaded(
     model, tokens, statistics, tmp_path, monkeypatch
 ):
     """With both numbers: exit 5."""
-    monkeypatch.setattr("eckart.planning.free_memory", lambda: 1000)
+    monkeypatch.setattr("eckart.tryout.free_memory", lambda: 1000)
     line = ("compress", model, "-o", tmp_path / "out", "--keep", 0.5, "--statistics", statistics)
     done = eckart(*line, "--tokens", tokens)
 

@@ -36,10 +36,7 @@ from eckart.families import matrices
 from eckart.forecast import PlannedMatrix, planned
 from eckart.inspection import Inspector, summary
 from eckart.planning import (
-    Targets,
     check_device,
-    check_model,
-    check_text,
     expert_remarks,
     find_targets,
     inputs_of,
@@ -50,8 +47,8 @@ from eckart.planning import (
     stored_dtype,
     with_base,
 )
-from eckart.texts import Text, open_text
-from eckart.trial import Trial, fitted_to, held_out
+from eckart.trial import fitted_to
+from eckart.tryout import check_text, text_of, trial_of
 from eckart.verification import Check, TextOptions, check_files, verify_output
 
 PathLike = str | Path
@@ -76,6 +73,7 @@ def plan(
     statistics: PathLike | None = None,
     text: PathLike | None = None,
     tokens: PathLike | None = None,
+    batch: PathLike | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     dtype: str | None = None,
@@ -101,7 +99,7 @@ def plan(
         allow_pickle=allow_pickle,
         statistics=Path(statistics) if statistics else None,
     )
-    check_text(targets, given=text is not None or tokens is not None)
+    check_text(targets, {"text": text, "tokens": tokens, "batch": batch})
     resources_for(targets, workers=workers, threads=threads)
     if out is not None:
         check_output(Path(out), inputs=inputs_of(targets), force=force)
@@ -127,6 +125,7 @@ def compress(
     statistics: PathLike | None = None,
     text: PathLike | None = None,
     tokens: PathLike | None = None,
+    batch: PathLike | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     dtype: str | None = None,
@@ -148,8 +147,8 @@ def compress(
     `calibrate` wrote, of this very model) matrices are approximated for the inputs that they see
     and the loss that they cost: see `eckart.linalg.metric.Metric`; `energy` and `error` are then
     shares in that metric, and a budget is spent where it saves most nats per token; a matrix
-    without statistics is copied. With `text` or `tokens` too (see `calibrate`), a tenth of it is
-    held out: what the model loses on it is measured, and several ways to spend a budget are
+    without statistics is copied. With `text`, `tokens` or `batch` too (see `calibrate`), a tenth of
+    it is held out: what the model loses on it is measured, and several ways to spend a budget are
     compared on it (`eckart.allocate.candidates`), which takes eight forward passes a matrix, the
     model in float32 in memory, and the `hf` extra. On the rest the factors are then fitted, in
     forward order, to what the compressed part of the model feeds them (`eckart.drift`), and are
@@ -177,8 +176,7 @@ def compress(
         allow_pickle=allow_pickle,
         statistics=Path(statistics) if statistics else None,
     )
-    check_text(targets, given=text is not None or tokens is not None)
-    given = text_of(targets, text=text, tokens=tokens)
+    given = text_of(targets, {"text": text, "tokens": tokens, "batch": batch})
     targets = replace(targets, text=given and given.digest)
     trial = given and trial_of(
         targets, given, device=device, threads=threads, allow_pickle=allow_pickle
@@ -221,30 +219,6 @@ def compress(
             certificate = write_factored(work_done, selection, targets, job, crew, trial)
         run.keep = keep_work and named is None
     return certificate
-
-
-def text_of(targets: Targets, *, text: PathLike | None, tokens: PathLike | None) -> Text | None:
-    """Returns the text that a compression is tried on, where one is given."""
-    return open_text(
-        targets.source.path,
-        text=None if text is None else Path(text),
-        tokens=None if tokens is None else Path(tokens),
-    )
-
-
-def trial_of(
-    targets: Targets, text: Text, *, device: str, threads: int | None, allow_pickle: bool
-) -> Trial:
-    """Returns the model on the tenth that is held out of a text."""
-    check_model(targets.source)
-    return Trial(
-        targets.source,
-        held_out(text),
-        names=targets.requests,
-        device=device,
-        threads=threads,
-        allow_pickle=allow_pickle,
-    )
 
 
 def densify(

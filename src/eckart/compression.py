@@ -176,9 +176,10 @@ def write_factored(  # noqa: PLR0917 what was decomposed, chosen and asked, and 
         if trial is None:
             return Loss()
         found = trial.outcome(_written_matrices(job, targets, assembly))
-        _check_loss(targets, found.loss - trial.dense.loss)
+        measured = trial.rise(found)
+        _check_loss(targets, measured)
         return Loss(
-            measured=found.loss - trial.dense.loss,
+            measured=measured,
             divergence=found.divergence,
             tokens=trial.tokens,
             allocation=selection.name,
@@ -208,10 +209,10 @@ def write_assembly(  # noqa: PLR0917 an output, and what is said of it
     return certify(job, kind, accounts, filled, loss())
 
 
-def _check_loss(targets: Targets, measured: float) -> None:
+def _check_loss(targets: Targets, measured: float | None) -> None:
     """Raises PromiseError where what was written loses more than was asked."""
     policy = targets.policy
-    if isinstance(policy, allocate.Loss) and measured > policy.value:
+    if isinstance(policy, allocate.Loss) and measured is not None and measured > policy.value:
         raise PromiseError(
             f"what was written loses {measured:.6g} nats per token, and --loss {policy.value} was "
             "asked, though it was measured to lose no more before: please report it."

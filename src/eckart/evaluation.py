@@ -125,13 +125,13 @@ def compare(
     """
     running = {"": reference, **models}
     sums = {name: _Sums() for name in running}
-    size = max(1, TOKENS // _length(text))
+    size = max(1, TOKENS // text.length)
     progress = watch or Silent()
     progress.stage("running the models", text.sequences)
     for batch in text.batches(size):
         moved = {name: tensor.to(device) for name, tensor in batch.items()}
         outputs = {name: logits_of(model, moved) for name, model in running.items()}
-        rows = _predictions(reference, moved, outputs)
+        rows = predictions(reference, moved, outputs)
         for part in _parts(rows):
             theirs = part.logits[""]
             if not bool(theirs.isfinite().all()):
@@ -170,14 +170,16 @@ def logits_of(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """Predictions, one a row, of every model, and what would have been right."""
+class Predicted:
+    """Predictions that count, one a row, of every model, and what would have been right."""
 
     logits: dict[str, Tensor] = field(repr=False)
     labels: Tensor | None
 
 
-def _predictions(model: Any, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> _Rows:
+def predictions(
+    model: Any, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+) -> Predicted:
     """Returns the rows of the logits that count, and the labels they should have given."""
     first = next(iter(outputs.values()))
     shapes = {tuple(logits.shape) for logits in outputs.values()}
@@ -198,7 +200,7 @@ def _predictions(model: Any, batch: Mapping[str, Tensor], outputs: Mapping[str, 
     if mask is not None and mask.shape == places:
         keep = mask.bool()
     fits = labels is not None and labels.shape == places and not labels.is_floating_point()
-    return _Rows(
+    return Predicted(
         {name: logits[keep] for name, logits in taken.items()},
         labels[keep].long() if labels is not None and fits else None,
     )
@@ -224,17 +226,11 @@ def perplexity(folder: Path, text: Path, *, windows: int | None = None) -> Perpl
     return Perplexity(found.perplexity, found.nats, found.predictions)
 
 
-def _parts(rows: _Rows) -> Iterator[_Rows]:
+def _parts(rows: Predicted) -> Iterator[Predicted]:
     """The rows in float64, a few at a time."""
     first = next(iter(rows.logits.values()))
     step = max(1, ENTRIES // max(1, first.shape[-1]))
     for start in range(0, len(first), step):
         some = slice(start, start + step)
         logits = {name: part[some].double() for name, part in rows.logits.items()}
-        yield _Rows(logits, None if rows.labels is None else rows.labels[some])
-
-
-def _length(text: Text) -> int:
-    """The places of one sequence, or of what takes about as much memory as one."""
-    ids = text.inputs.get("input_ids")
-    return ids.shape[1] if ids is not None and ids.ndim == 2 else 256
+        yield Predicted(logits, None if rows.labels is None else rows.labels[some])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from eckart.allocate import POLICIES, AutoRank, Choice, Form, Item, Loss, RankPolicy, Terms
+from eckart.allocate import POLICIES, AutoRank, Choice, Form, Item, RankPolicy, Terms
 from eckart.assemble.checkpoints import check_names
 from eckart.assemble.measurement import item_of
 from eckart.assemble.sidecars import check_config
@@ -175,23 +175,6 @@ def find_targets(
     return targets
 
 
-def check_text(targets: Targets, *, given: bool) -> None:
-    """Raises UsageError for a text that nothing can be measured with, or where one is missing."""
-    policy, source = targets.policy, targets.source
-    if isinstance(policy, Loss) and not given:
-        raise UsageError(
-            f"--loss {policy.value} is kept by measuring: give a text, with --text or --tokens."
-        )
-    if not given:
-        return
-    if targets.statistics is None:
-        raise UsageError(
-            "a text is measured on together with --statistics: eckart calibrate, then give both."
-        )
-    if source.folder is None:
-        raise UsageError(f"{printable(source.path)} is no model's folder: leave the text out.")
-
-
 def inputs_of(targets: Targets) -> list[Path]:
     """Returns the folders that are read, which no output may touch."""
     statistics = targets.statistics
@@ -246,19 +229,6 @@ def spread(
             f"are free: use --workers {fitting}."
         )
     return min(chosen, fitting)
-
-
-def check_model(source: Source) -> None:
-    """Raises ResourceError where a model in float32 is larger than the memory that is free."""
-    needed = 4 * sum(
-        info.parameters for name, info in source.tensors.items() if name not in source.tied
-    )
-    free = min(free_memory(), free_in_process())
-    if needed > free:
-        raise ResourceError(
-            f"{printable(source.path)} takes {needed:,} bytes of memory in float32, to be tried on "
-            f"a text, and {free:,} are free: leave the text out, or take a machine with more."
-        )
 
 
 def open_dense(path: Path, *, allow_pickle: bool = False) -> Source:

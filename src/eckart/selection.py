@@ -100,7 +100,9 @@ class Savings:
     def loss(self, selection: Selection) -> float:
         """Returns the measured rise of the loss."""
         assert selection.outcome is not None
-        return selection.outcome.loss - self.tried.trial.dense.loss
+        rise = self.tried.trial.rise(selection.outcome)
+        assert rise is not None  # `check_labels`
+        return rise
 
     @property
     def least(self) -> float:

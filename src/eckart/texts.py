@@ -42,6 +42,12 @@ class Text:
         return len(next(iter(self.inputs.values())))
 
     @property
+    def length(self) -> int:
+        """The tokens of a sequence; of what has none, what takes about as long as so many."""
+        ids = self.inputs.get("input_ids")
+        return ids.shape[1] if ids is not None and ids.ndim == 2 else WINDOW
+
+    @property
     def digest(self) -> str:
         """SHA-256 over every input's name, dtype, shape and bytes."""
         found = hashlib.sha256()

@@ -41,7 +41,7 @@ def trial_of(kind: str, folder: Path) -> Trial:
 def test_groups_come_in_forward_order(kind, layers, expected, tmp_path):
     """Matrices that share their input together, whatever their names; block after block."""
     trial = trial_of(kind, tmp_path / "model")
-    order = order_of(trial, matrices(open_source(tmp_path / "model"))[0], IDS[:1])
+    order = order_of(trial, matrices(open_source(tmp_path / "model"))[0], {"input_ids": IDS[:1]})
     found = [{*group.names} for group in order.groups if group.block]
 
     assert found == [
@@ -56,7 +56,7 @@ def test_groups_come_in_forward_order(kind, layers, expected, tmp_path):
 def test_experts_are_left_out_with_the_reason(tmp_path):
     """Another model routes other tokens to them: their inputs are no pairs."""
     trial = trial_of("mixtral", tmp_path / "model")
-    order = order_of(trial, matrices(open_source(tmp_path / "model"))[0], IDS[:1])
+    order = order_of(trial, matrices(open_source(tmp_path / "model"))[0], {"input_ids": IDS[:1]})
     names = {name for group in order.groups for name in group.names}
 
     assert order.left_out

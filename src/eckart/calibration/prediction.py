@@ -82,16 +82,12 @@ class Pretrained:
 
     def losses(self, batch: Batch, first: int, rows: Rows) -> Tensor | None:
         """Cross-entropy at the labels: those given, a text's next tokens, or drawn ones."""
-        given, labels, mask = dict(batch), batch.get("labels"), self.mask(batch)
-        causal = self._is_causal and ("labels" in batch or "input_ids" in batch)
-        if causal:
-            given.pop("labels", None)  # or the model would compute the same loss, and a mean of it
-        with self._encoder_rows(batch, rows):
-            output = self.module(**given)
+        labels, mask = batch.get("labels"), self.mask(batch)
+        output = self.run(batch, rows)
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             return None
-        if causal:
+        if self._next_tokens(batch):
             return _next_token(logits, batch["input_ids"] if labels is None else labels, mask)
         if labels is None and not self.draws:
             return None
@@ -102,6 +98,20 @@ class Pretrained:
             return _at_labels(logits, labels, None)
         loss: Tensor = output.loss  # a mean over examples, of a kind that only the model knows
         return loss.reshape(1).expand(examples(batch))
+
+    def run(self, batch: Batch, rows: Rows) -> Any:
+        """Returns what the module makes of a batch."""
+        with self._encoder_rows(batch, rows):
+            return self.module(**self.arguments(batch))
+
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """Returns what `forward` is given: nothing is generated, so that no cache is kept."""
+        given: dict[str, Any] = dict(batch)
+        if self._next_tokens(batch):
+            given.pop("labels", None)  # or the model would compute the same loss, and a mean of it
+        if "use_cache" in inspect.signature(self.module.forward).parameters:
+            given.setdefault("use_cache", False)
+        return given
 
     def check(self, batch: Batch) -> None:
         """Raises InputError for what `forward` does not take, or tokens it does not know."""
@@ -124,6 +134,9 @@ class Pretrained:
     @property
     def _is_causal(self) -> bool:
         return not self._has_encoder and type(self.module).__name__.endswith(CAUSAL)
+
+    def _next_tokens(self, batch: Batch) -> bool:
+        return self._is_causal and ("labels" in batch or "input_ids" in batch)
 
     def _check_classes(self, logits: Tensor) -> None:
         if logits.shape[-1] == 1:

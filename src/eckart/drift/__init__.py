@@ -79,7 +79,7 @@ def follow(  # noqa: PLR0917 what was decomposed, chosen and asked, and what it 
     written = after.divergence < before.divergence and _allowed(targets.policy, after, trial)
     drift = Drift(
         written=written,
-        tokens=text.inputs["input_ids"].numel(),
+        tokens=follower.relay.tokens,
         share=SHARE,
         divergence=after.divergence,
         unfitted=before.divergence,
@@ -100,7 +100,10 @@ def forget_others(work: Work, selection: Selection) -> None:
 
 def _allowed(policy: RankPolicy, outcome: Outcome, trial: Trial) -> bool:
     """Whether a loss that was promised is kept."""
-    return not isinstance(policy, Loss) or outcome.loss - trial.dense.loss <= policy.value
+    if not isinstance(policy, Loss):
+        return True
+    rise = trial.rise(outcome)
+    return rise is not None and rise <= policy.value
 
 
 @dataclass

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from eckart.calibration.observation import Key, observed
-from eckart.calibration.prediction import Pretrained
 from eckart.calibration.survey import Inputs, Site, look_at, sites_of
 from eckart.checkpoint.statistics import block_of
 from eckart.matrix import Matrix
@@ -43,16 +42,14 @@ class Order:
     left_out: Mapping[str, str]
 
 
-def order_of(trial: Trial, matrices: Mapping[str, Matrix], first: Tensor) -> Order:
+def order_of(trial: Trial, matrices: Mapping[str, Matrix], first: Mapping[str, Tensor]) -> Order:
     """Returns the order in which a model's matrices are multiplied with. Cost: one sequence.
 
     `first` is a batch of it. No names are looked at: what a forward pass does is what counts.
     """
     sites = sites_of(matrices, {name: trial.places[name] for name in matrices})
     parameters = observed(trial.model, [site.key[0] for site in sites])
-    seen = look_at(
-        Pretrained(trial.model, 0, draws=False), parameters, {"input_ids": first}, backward=False
-    )
+    seen = look_at(trial.predictor, parameters, first, backward=False)
     left_out = seen.left_out(sites) | {site.name: EXPERTS for site in sites if site.is_expert}
     when = {key: place for place, key in enumerate(seen.inputs)}
     shared = dict[Inputs, list[Site]]()

@@ -15,7 +15,7 @@ from eckart.calibration.observation import Observer, Product, Rows
 from eckart.drift.order import Group, Stretch
 from eckart.linalg.threads import computing_on
 from eckart.texts import Text
-from eckart.trial import Trial
+from eckart.trial import Trial, batches_of
 
 Variant = Literal["dense", "changed"]
 
@@ -32,14 +32,19 @@ class Relay:
 
     def __init__(self, trial: Trial, text: Text, device: str) -> None:
         self.trial = trial
-        self.batches = text.inputs["input_ids"].to(device).split(8)
+        self.batches = batches_of(text, device)
         self._modules: list[nn.Module] = []  # behind us: their outputs are known
         self._outputs: dict[Variant, list[Any]] = {}
 
     @property
-    def first(self) -> Tensor:
+    def first(self) -> dict[str, Tensor]:
         """One sequence, for a look at the model."""
-        return self.batches[0][:1]
+        return {name: tensor[:1] for name, tensor in self.batches[0].items()}
+
+    @property
+    def tokens(self) -> int:
+        """How many are fitted to."""
+        return sum(map(self.trial.predictor.tokens, self.batches))
 
     def put(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Gives the model other matrices."""
@@ -58,8 +63,9 @@ class Relay:
                 if len(rows) == group.calls:
                     raise _Reached
 
-            with Observer({group.key[0]: parameter}, seen, Rows()):
-                self._run(number, variant)
+            masked = Rows(self.trial.predictor.mask(self.batches[number]))
+            with Observer({group.key[0]: parameter}, seen, masked):
+                self._run(number, variant, masked)
             yield torch.cat(rows)
 
     def pass_block(self, block: str, variant: Variant) -> list[Any]:
@@ -121,9 +127,9 @@ class Relay:
 
     def _logits(self) -> Tensor:
         with computing_on(self.trial.threads), torch.no_grad():
-            return self.trial.model(input_ids=self.first, use_cache=False).logits
+            return self.trial.predictor.run(self.first, Rows()).logits
 
-    def _run(self, number: int, variant: Variant) -> None:
+    def _run(self, number: int, variant: Variant, rows: Rows | None = None) -> None:
         known = self._outputs[variant][number] if self._modules else None
         with (
             computing_on(self.trial.threads),
@@ -131,7 +137,7 @@ class Relay:
             _replaced(self._modules, known),
             suppress(_Reached),
         ):
-            self.trial.model(input_ids=self.batches[number], use_cache=False)
+            self.trial.predictor.run(self.batches[number], rows or Rows())
 
 
 @contextmanager
