@@ -14,7 +14,7 @@ ratio is the median of the ratios of the rounds, so that a busy machine disturbs
   dense SVD (`torch.linalg.svd`), two threads, in float32.
 - apply of rank 16 to a base, against `cp` and `sync` of the base; the bare process (start and end)
   is measured too, and the ratio is given with and without it. Beside it the least that the
-  certificate costs: SHA-256 of as many bytes twice, base and output, on two threads.
+  certificate costs: BLAKE3 of as many bytes twice, base and output, on two threads.
 - memory of extract (two workers of one thread) for a model and for one with four times the layers.
 
 mergekit needs an environment of its own:
@@ -28,7 +28,6 @@ Results are appended to `bench/RESULTS.md`.
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -48,6 +47,7 @@ from bench_svd import LEDGER, heading
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from eckart.checkpoint.hashing import file_digest
 from eckart.checkpoint.opening import open_source
 from eckart.linalg.matrices import named_generator
 
@@ -329,12 +329,11 @@ def resize_rows(folder: Path, count: int) -> Iterator[str]:
 
 
 def hashed_twice(folder: Path) -> float:
-    """Returns the seconds of SHA-256 of every file of a folder, twice, by two threads."""
+    """Returns the seconds of hashing every file of a folder, twice, by two threads."""
 
     def read_all() -> None:
         for path in sorted(folder.iterdir()):
-            with path.open("rb") as stream:
-                hashlib.file_digest(stream, "sha256")
+            file_digest(path)
 
     start = time.perf_counter()
     threads = [threading.Thread(target=read_all) for _ in range(2)]
@@ -375,7 +374,7 @@ def apply_rows(folder: Path, gigabytes: float, count: int) -> Iterator[str]:
     yield (
         f"- apply of rank {TRAINED} to {size / 1e9:.1f} GB: {ours:.2f} s, of which the bare "
         f"process {start:.2f} s; cp and sync {cp:.2f} s: **{gross:.2f}×**, net of the bare "
-        f"process {net:.2f}×; SHA-256 alone, of what is read and of what is written, on two "
+        f"process {net:.2f}×; BLAKE3 alone, of what is read and of what is written, on two "
         f"threads {hashed:.2f} s"
     )
     shutil.rmtree(base)
