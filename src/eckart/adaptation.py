@@ -8,7 +8,6 @@ from eckart.application import application_of, check_base, write_applied
 from eckart.assemble.job import Job
 from eckart.brief import brief_of
 from eckart.certificate import Certificate, Options
-from eckart.checkpoint.tensor_file import SHARD_BYTES
 from eckart.checkpoint.writer import check_output, check_space, new_output
 from eckart.compression import (
     check_room,
@@ -172,7 +171,7 @@ def apply(
     other_base: bool = False,
     workers: int | None = None,
     threads: int | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
     allow_pickle: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -181,10 +180,11 @@ def apply(
 
     A LoRA adapter in PEFT's format whose every field is understood: lora_alpha, rank_pattern,
     alpha_pattern, rsLoRA, biases, modules_to_save. Computed in float32 and rounded once to the
-    base's dtype; the certificate says what share of the addition that rounding took. An adapter
-    that eckart extracted from another base is refused, unless `other_base`. Cost: the base read
-    and written once, and both hashed. Peak memory: a few MiB and the factors of one tensor, times
-    the workers. Raises CheckpointError where the adapter is for another model.
+    base's dtype, in the base's own files unless `shard_bytes` cuts anew; the certificate says what
+    share of the addition that rounding took. An adapter that eckart extracted from another base is
+    refused, unless `other_base`. Cost: the base read and written once, and both hashed. Peak
+    memory: a few MiB and the factors of one tensor, times the workers. Raises CheckpointError where
+    the adapter is for another model.
     """
     folder, target = Path(adapter), Path(out)
     inputs = [Path(base), folder]
@@ -202,8 +202,8 @@ def apply(
         new_output(target, inputs=inputs, force=force) as run,
         Workers(count, progress or Silent()) as crew,
     ):
-        job = Job(brief.base, run.staged, 0, options, shard_bytes, threads, count)
-        certificate = write_applied(brief, job, crew)
+        job = Job(brief.base, run.staged, 0, options, threads=threads, workers=count)
+        certificate = write_applied(brief, job, crew, shard_bytes)
         if not subtract and not other_base:
             check_base(folder, certificate.source.fingerprint, brief.base)
     return certificate

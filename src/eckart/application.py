@@ -17,7 +17,12 @@ from eckart.checkpoint.digests import FileDigests
 from eckart.checkpoint.documents import read_json
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
-from eckart.checkpoint.tensor_file import TensorLayout, lay_out_checkpoint
+from eckart.checkpoint.tensor_file import (
+    SHARD_BYTES,
+    TensorLayout,
+    lay_out_checkpoint,
+    lay_out_shards,
+)
 from eckart.checkpoint.writer import CERTIFICATE
 from eckart.errors import CheckpointError, InputError
 from eckart.execute import Task, Workers
@@ -39,6 +44,16 @@ class Application:
         """Of the output's tensors."""
         return sum(place.nbytes for place in self.layout.values())
 
+    @property
+    def shards(self) -> dict[str, list[str]]:
+        """The files of the base with the tensors in each; none of a base that is no folder of
+        safetensors files."""
+        found = dict[str, list[str]]()
+        for name in self.layout:
+            found.setdefault(self.base.tensors[name].file, []).append(name)
+        named = self.base.folder is not None and all(f.endswith(".safetensors") for f in found)
+        return {file: found[file] for file in sorted(found)} if named else {}
+
 
 def application_of(
     adapter: str | Path,
@@ -56,17 +71,30 @@ def application_of(
     return Application(origin, parts, orders, layout)
 
 
-def write_applied(asked: Application, job: Job, workers: Workers) -> Certificate:
+def write_applied(
+    asked: Application, job: Job, workers: Workers, shard_bytes: int | None = None
+) -> Certificate:
     """Lays the checkpoint out, fills it from its beginning on, and certifies it.
 
-    Files are hashed and flushed while they are being filled: see `FileDigests`.
+    In the files of the base, unless `shard_bytes` cuts anew. Files are hashed and flushed while
+    they are being filled (see `FileDigests`), one for each worker at a time: two that write to one
+    file wait for each other.
     """
     adapter, orders, layout = asked.adapter, asked.orders, asked.layout
-    files = lay_out_checkpoint(job.staged, layout, job.shard_bytes)
+    shards = asked.shards
+    if shard_bytes is None and shards:
+        files = lay_out_shards(job.staged, layout, shards)
+    else:
+        files = lay_out_checkpoint(job.staged, layout, shard_bytes or SHARD_BYTES)
     sign = -1 if job.options["subtract"] else 1
     unit = Applier(job.source, adapter.source, files, sign, job.threads)
-    places = sorted(files.places.items(), key=lambda one: (one[1].file, one[1].begin))
-    tasks = [Task(name, (orders[name],), orders[name].seconds) for name, _ in places]
+    number = {file: i for i, file in enumerate(files.files)}
+
+    def turn(name: str) -> tuple[int, int, int]:
+        place = files.places[name]
+        return number[place.file] // workers.count, place.begin, number[place.file]
+
+    tasks = [Task(name, (orders[name],), orders[name].seconds) for name in sorted(orders, key=turn)]
     filled: list[Filled] = []
     with FileDigests(files) as digests:
         for name, one in workers.map(unit, tasks, "writing", in_order=True):

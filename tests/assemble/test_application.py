@@ -94,6 +94,28 @@ def test_the_sum_is_rounded_once(tmp_path, monkeypatch, dtype, entries):
     assert all(check.held for check in verify(tmp_path / "out", adapter, base=base))
 
 
+def test_the_output_is_in_the_files_of_the_base(tmp_path):
+    """By name and tensor, and its index says so; --shard-size cuts anew."""
+    base, adapter, tensors, _ = write_pair(tmp_path, torch.bfloat16)
+    cut, names = tmp_path / "cut", sorted(tensors)
+    cut.mkdir()
+    places = {name: f"model-{'ab'[i % 2]}.safetensors" for i, name in enumerate(names)}
+    for file in {*places.values()}:
+        save_file({n: tensors[n] for n in names if places[n] == file}, cut / file)
+    index = {"metadata": {}, "weight_map": places}
+    (cut / "model.safetensors.index.json").write_text(json.dumps(index))
+    whole = apply(adapter, base, tmp_path / "whole")
+    same = apply(adapter, cut, tmp_path / "same")
+    anew = apply(adapter, cut, tmp_path / "anew", shard_bytes=10**9)
+    stated = json.loads((tmp_path / "same" / "model.safetensors.index.json").read_text())
+
+    assert stated["weight_map"] == places
+    assert same.files.keys() == {"model.safetensors.index.json", *places.values()}
+    assert anew.files == whole.files
+    assert same.matrices == whole.matrices
+    assert all(check.held for check in verify(tmp_path / "same", adapter, base=cut))
+
+
 def test_the_output_does_not_depend_on_who_fills_it(tmp_path, monkeypatch):
     """In this process, and by two workers: the same bytes, and the same digests of them."""
     base, adapter, _, _ = write_pair(tmp_path, torch.bfloat16)

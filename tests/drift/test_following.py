@@ -118,6 +118,26 @@ def test_what_is_not_better_is_not_written(model, options, tmp_path, monkeypatch
     assert not any(row.method.endswith("drift") for row in certificate.matrices)
 
 
+def test_a_matrix_that_cannot_be_fitted_keeps_its_own_factors(
+    model, options, tmp_path, monkeypatch
+):
+    """Where the changed model feeds it nothing but zeros: the certificate names it, and why."""
+    fit, name = drift.fit_to_drift, "model.layers.1.mlp.down_proj.weight"
+
+    def starved(W, cross, C, *rest, **named):
+        return fit(W, cross, 0 * C if named["name"] == name else C, *rest, **named)
+
+    monkeypatch.setattr(drift, "fit_to_drift", starved)
+    certificate = compress(model, tmp_path / "out", **options)
+    found = certificate.loss.drift
+
+    assert found is not None
+    assert found.left_out.keys() == {name}
+    assert "zero" in found.left_out[name]
+    assert {r.name: r.method.endswith("drift") for r in certificate.matrices}[name] is False
+    assert all(check.held for check in verify(tmp_path / "out", model))
+
+
 def test_a_promised_error_is_not_given_away(model, options, tmp_path):
     """A fit is no nearer to W: where an error of each matrix is asked nothing is fitted."""
     loss = compress(model, tmp_path / "out", **{**options, "keep": None, "error": 0.5}).loss

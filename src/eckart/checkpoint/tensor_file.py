@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,11 +118,20 @@ def lay_out_checkpoint(
     Shards are cut in sorted order of the tensors' names, so that equal tensors give equal files;
     a single tensor larger than `shard_bytes` has a shard of its own.
     """
-    shards, places = _cut(layout, shard_bytes), dict[str, Place]()
-    for number, names in enumerate(shards, 1):
-        path = folder / _shard_name(number, len(shards))
-        places |= lay_out_file(path, {name: layout[name] for name in names}).places
-    if len(shards) > 1:
+    shards = _cut(layout, shard_bytes)
+    files = {_shard_name(i, len(shards)): names for i, names in enumerate(shards, 1)}
+    return lay_out_shards(folder, layout, files)
+
+
+def lay_out_shards(
+    folder: Path, layout: Mapping[str, TensorLayout], shards: Mapping[str, Iterable[str]]
+) -> TensorFiles:
+    """Creates files of these names, each with the tensors that are named, and their index; none
+    where all are in `model.safetensors`."""
+    places = dict[str, Place]()
+    for file, names in shards.items():
+        places |= lay_out_file(folder / file, {name: layout[name] for name in names}).places
+    if shards.keys() - {SAFETENSORS.weights}:
         total = sum(place.nbytes for place in layout.values())
         index = {
             "metadata": {"total_size": total},

@@ -27,7 +27,6 @@ from eckart.cli.options import (
     Out,
     Quiet,
     Seed,
-    ShardSize,
     StatisticsFolder,
     Threads,
     Workers,
@@ -306,7 +305,10 @@ def apply(
     other_base: Annotated[
         bool, typer.Option("--other-base", help="BASE is not what it was extracted from.")
     ] = False,
-    shard_size: ShardSize = "5GB",
+    shard_size: Annotated[
+        str | None,
+        typer.Option("--shard-size", metavar="BYTES", help="Cut anew; default: the base's files."),
+    ] = None,
     workers: Workers = None,
     threads: Threads = None,
     allow_pickle: AllowPickle = False,
@@ -320,7 +322,7 @@ def apply(
     from eckart import adaptation, adapter_plans
     from eckart.screen import applied_table
 
-    shard_bytes = byte_count(shard_size, "--shard-size")
+    shard_bytes = None if shard_size is None else byte_count(shard_size, "--shard-size")
     asked: dict[str, Any] = {
         "subtract": subtract,
         "workers": workers,

@@ -25,6 +25,7 @@ from eckart.decompose.request import on_threads
 from eckart.decompose.work import Work
 from eckart.drift.order import Group, Order, Stretch, order_of, stretches
 from eckart.drift.relay import Relay
+from eckart.errors import FactorizationError
 from eckart.execute import Progress
 from eckart.linalg.arrays import working_dtype
 from eckart.linalg.drift import DAMPING, SHARE, fit_to_drift
@@ -73,7 +74,7 @@ def follow(  # noqa: PLR0917 what was decomposed, chosen and asked, and what it 
     if not orders or targets.policy.allowed is not None:
         return selection
     follower = _Follower(work, job, targets, trial, Relay(trial, text, trial.device), orders, watch)
-    fits, order = follower.fit(text)
+    fits = follower.fit(text)
     before = selection.outcome or trial.outcome(follower.products(orders, {}))
     after = trial.outcome(follower.products(orders, fits))
     written = after.divergence < before.divergence and _allowed(targets.policy, after, trial)
@@ -83,7 +84,7 @@ def follow(  # noqa: PLR0917 what was decomposed, chosen and asked, and what it 
         share=SHARE,
         divergence=after.divergence,
         unfitted=before.divergence,
-        left_out={name: order.left_out[name] for name in orders if name in order.left_out},
+        left_out=follower.left_out,
     )
     taken, outcome = (fits, after) if written else ({}, before)
     return replace(selection, fits=taken, drift=drift, outcome=outcome)
@@ -119,20 +120,25 @@ class _Follower:
     watch: Progress
     identity: str = ""
     fits: dict[str, Fit] = field(default_factory=dict[str, Fit])
+    left_out: dict[str, str] = field(default_factory=dict[str, str])
 
-    def fit(self, text: Text) -> tuple[dict[str, Fit], Order]:
-        """Returns the fit of every matrix that can be fitted; the model is as it was before."""
+    def fit(self, text: Text) -> dict[str, Fit]:
+        """Returns the fit of every matrix that can be fitted; the model is as it was before.
+
+        Why the others are not is in `left_out`.
+        """
         self.identity = self._identity(text)
         with storage_errors(self.work.folder):
             self._folder.mkdir(parents=True, exist_ok=True)
         matrices = {name: self.targets.matrices[name] for name in self.orders}
         order = order_of(self.trial, matrices, self.relay.first)
+        self.left_out = {name: why for name, why in order.left_out.items() if name in self.orders}
         try:
             for stretch in self._course(order):
                 self._follow(stretch, order)
         finally:
             self.relay.put(self._dense(self.orders))
-        return self.fits, order
+        return self.fits
 
     def products(
         self, names: Iterable[str], fits: Mapping[str, Fit]
@@ -195,7 +201,15 @@ class _Follower:
             count += len(Y)
         return Moments(cross.value(count), C.value(count))
 
-    def _fit(self, name: str, path: Path, moments: Moments) -> Fit:
+    def _fit(self, name: str, path: Path, moments: Moments) -> Fit | None:
+        """None where there is none, as where nothing but zeros comes in."""
+        try:
+            return self._fitted(name, path, moments)
+        except FactorizationError as error:
+            self.left_out[name] = str(error)
+            return None
+
+    def _fitted(self, name: str, path: Path, moments: Moments) -> Fit:
         matrix, statistics = self.targets.matrices[name], self.job.statistics
         G = None if statistics is None else statistics.curvature(name)
         rank, device = self.orders[name].entry.rank, self.trial.device

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eckart.errors import InputError
 from eckart.linalg.factors import Factors, PivotedFactors
-from eckart.nn.linear import check_rank
+from eckart.nn.linear import check_rank, scattered
 
 
 class LowRankConv2d(nn.Module):
@@ -80,8 +80,9 @@ class PivotedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the convolution of x, (batch × in × height × width)."""
         h = self.A(x)
-        rest = [self.K(h)] if self.K.out_channels else []  # torch refuses to convolve to nothing
-        y = torch.cat([h, *rest], dim=-3).index_select(-3, self.perm.argsort())
+        # torch refuses to convolve to nothing
+        rest = self.K(h) if self.K.out_channels else h.narrow(-3, 0, 0)
+        y = scattered(h, rest, self.perm, dim=-3)
         return y if self.bias is None else y + self.bias[:, None, None]
 
     def factors(self) -> PivotedFactors:

@@ -9,7 +9,7 @@ import warnings
 from typing import Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from eckart.errors import InputError, RankError
@@ -179,10 +179,8 @@ class PivotedLinear(nn.Module):
         return f"{self.A.in_features} → {len(self.perm)}, rank={self.rank}"
 
 
-def scattered(
-    pivots: Float[Tensor, "*rows r"], others: Float[Tensor, "*rows k"], perm: Int[Tensor, " m"]
-) -> Float[Tensor, "*rows m"]:
-    """Returns y with y[…, perm] = [pivots, others].
+def scattered(pivots: Tensor, others: Tensor, perm: Int[Tensor, " m"], dim: int = -1) -> Tensor:
+    """Returns y with y[…, perm] = [pivots, others], along one dimension.
 
     Each half goes straight to its places: putting them together first and sorting `perm` for a
     gather took as long as the products of one token do.
@@ -190,9 +188,10 @@ def scattered(
     >>> scattered(torch.tensor([1.0]), torch.tensor([2.0, 3.0]), torch.tensor([2, 0, 1]))
     tensor([2., 3., 1.])
     """
-    r = pivots.shape[-1]
-    y = pivots.new_empty(*pivots.shape[:-1], len(perm))
-    return y.index_copy_(-1, perm[:r], pivots).index_copy_(-1, perm[r:], others)
+    r, shape = pivots.shape[dim], [*pivots.shape]
+    shape[dim] = len(perm)
+    y = pivots.new_empty(shape)
+    return y.index_copy_(dim, perm[:r], pivots).index_copy_(dim, perm[r:], others)
 
 
 def check_rank(rank: int, m: int, n: int) -> None:
