@@ -349,10 +349,14 @@ def test_a_broken_promise_is_exit_6_in_a_process_too(out):
     assert "Traceback" not in done.stderr
 
 
-def test_a_closed_pipe_is_no_error(src):
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_closed_pipe_is_no_error(options, src):
     """`eckart inspect … | head -0`."""
     with subprocess.Popen(
-        [COMMAND, "inspect", src], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [COMMAND, "inspect", src, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
         process.stdout.close()
@@ -360,7 +364,17 @@ def test_a_closed_pipe_is_no_error(src):
         errors = process.stderr.read()
 
     assert "Traceback" not in errors
-    assert process.returncode in (0, 1, 141, -signal.SIGPIPE)
+    assert process.returncode == 0
+
+
+def test_errors_that_nobody_reads_keep_their_exit_code(tmp_path):
+    """`eckart verify … 2>&1 | head -0`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([COMMAND, "verify", tmp_path / "no"], check=False, stderr=writer)
+    os.close(writer)
+
+    assert done.returncode == 3
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -157,6 +157,16 @@ def test_a_budget_goes_where_the_energy_is(tmp_path):
     assert all(check.held for check in verify(out, tuned, base=base))
 
 
+@pytest.mark.parametrize("budget", [{"size": 10}, {"keep": 1e-5}])
+def test_a_budget_too_small_for_any_rank_is_said_to_be_that(budget, simple, tmp_path):
+    """Exit 2: it is not the change that no LoRA holds."""
+    tuned, base = simple
+    with pytest.raises(UsageError, match=r"leaves no matrix a rank, .* raise it"):
+        extract(tuned, base, tmp_path / "out", **budget)
+
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_equal_models_are_nothing_to_extract(tmp_path):
     """Exit 3, and nothing is written."""
     tuned, base = pair(tmp_path, {})
@@ -447,7 +457,7 @@ def test_patterns_may_name_any_tensor(simple, tmp_path):
     tuned, base = simple
     extract(tuned, base, tmp_path / "out", rank=2, exclude=["norm*", "lm_head"])
 
-    with pytest.raises(UsageError, match="matches no matrix"):
+    with pytest.raises(UsageError, match="matches no tensor"):
         extract(tuned, base, tmp_path / "none", rank=2, exclude=["nothing*"])
 
 

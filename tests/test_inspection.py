@@ -125,6 +125,21 @@ def test_a_change_that_rounding_hides_is_said_to_be_hidden(tmp_path):
     assert verdict.startswith("below the rounding floor")
 
 
+def test_a_change_that_is_hidden_in_part_has_the_rank_that_is_not(tmp_path):
+    """A full-rank change of which some values are below rounding is no small change."""
+    base = {"q.weight": decaying("q", 96, 80).bfloat16()}
+    tuned = {"q.weight": (base["q.weight"].float() + 0.02 * decaying("dq", 96, 80)).bfloat16()}
+    folders = (write_checkpoint(tmp_path / name, t) for name, t in (("t", tuned), ("b", base)))
+    tuned_folder, base_folder = folders
+    row = rows(inspect(tuned_folder, base=base_folder))["q.weight"]
+
+    assert row.delta is not None
+    assert row.delta.below_floor
+    assert row.signal_rank
+    assert row.verdict.startswith("below the rounding floor in part")
+    assert f"rank {row.signal_rank} above" in row.verdict
+
+
 def test_a_base_of_another_model_is_refused(tmp_path):
     """Exit 3: no matrix in common, or none of the same shape."""
     tuned, _ = tuned_pair(tmp_path, 2)

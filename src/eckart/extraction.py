@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from eckart.accounting import Fates, check_losses
-from eckart.allocate import BELOW_FLOOR, Choice, Terms, one_rank, paying_rank
+from eckart.allocate import BELOW_FLOOR, Choice, Keep, Size, Terms, one_rank, paying_rank
 from eckart.arrangement import is_dequantized
 from eckart.assemble.adapters import adapter_assembly, certify_adapter
 from eckart.assemble.job import Job
@@ -23,7 +23,7 @@ from eckart.compression import check_model
 from eckart.consumers import Consumer
 from eckart.decompose.request import on_threads
 from eckart.decompose.work import Work
-from eckart.errors import InputError, LossError, PromiseError
+from eckart.errors import InputError, LossError, PromiseError, UsageError
 from eckart.execute import Progress, Task, Workers
 from eckart.formats.forms import check_largest, form_remarks
 from eckart.inspection import Inspector, evidence, together
@@ -200,6 +200,11 @@ def write_adapter(
     delta = targets.source
     assert isinstance(delta, Delta)
     if not any(choice.rank for choice in choices.values()):
+        if isinstance(targets.policy, (Keep, Size)) and not all(failed.values()):
+            raise UsageError(
+                f"--{targets.policy.name} {targets.policy.value} leaves no matrix a rank, and "
+                f"{brief.consumer.title} loads no adapter without one: raise it."
+            )
         raise InputError(
             f"no matrix of {printable(changes.tuned.path)} differs in a way that a LoRA holds, and "
             f"{brief.consumer.title} loads no adapter without one: copy the tensors that changed "

@@ -99,7 +99,7 @@ def adaptable(
     (dimension × vocabulary). A pattern must match a tensor of the source, of whatever kind.
     """
     tensors, transposed = source.tensors, has_conv1d(source.tensors)
-    _check_patterns([*tensors], [*include, *exclude])
+    _check_patterns([*tensors], [*include, *exclude], "tensor")
     found, reasons = dict[str, Matrix](), dict[str, str]()
     for name in names:
         if _matches(name, exclude):
@@ -308,12 +308,12 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, p) or fnmatchcase(module, p) for p in patterns)
 
 
-def _check_patterns(candidates: list[str], patterns: list[str]) -> None:
+def _check_patterns(candidates: list[str], patterns: list[str], what: str = "matrix") -> None:
     for pattern in patterns:
         if not any(_matches(name, [pattern]) for name in candidates):
             some = ", ".join(printable(name) for name in candidates[:3])
             raise UsageError(
-                f"the pattern {pattern!r} matches no matrix; there are {len(candidates)}, such as "
+                f"the pattern {pattern!r} matches no {what}; there are {len(candidates)}, such as "
                 f"{some}. Patterns are shell globs: '*.q_proj'."
                 if candidates
                 else f"the pattern {pattern!r} matches nothing: there is no 2-D weight at all."

@@ -94,7 +94,7 @@ class Inspector:
             rank_90=_rank(spectrum, 0.90),
             rank_99=_rank(spectrum, 0.99),
             break_even=spectrum.break_even,
-            verdict=verdict(spectrum, signal if trusted else numerical, delta),
+            verdict=verdict(spectrum, signal if trusted or delta else numerical, delta),
             energy=spectrum.energy,
             values=[float(value) for value in spectrum.values],
             delta=delta,
@@ -188,6 +188,8 @@ def verdict(spectrum: Spectrum, rank: int | None, delta: Delta | None = None) ->
 def _delta_verdict(spectrum: Spectrum, rank: int, delta: Delta) -> str:
     if spectrum.energy == 0:
         return "unchanged"
+    if delta.below_floor and rank:
+        return f"below the rounding floor in part: rank {rank} above it, more may be hidden"
     if delta.below_floor:
         return "below the rounding floor: the change is no larger than rounding makes it"
     return f"rank {rank} above rounding: {_share(spectrum, max(rank, 1))} of the parameters hold it"

@@ -106,11 +106,16 @@ def certificate_table(certificate: Certificate, width: int) -> Group:
     left = [row for row in certificate.copied if row.reason.startswith("dense: ")]
     names = [row.name for row in [*certificate.matrices, *left]]
     shorts = iter(_short(names))
-    columns = ("shape", "rank", "form", "parameters", "error", "optimum", "|Wx−BAx|")
-    shown = columns if width >= MIDDLE else columns[:5]
+    columns = ["shape", "rank", "form", "parameters", "error", "optimum", "|Wx−BAx|"]
+    measure = "error"
+    if certificate.statistics is not None:  # the optimum is one in the metric, too
+        measure = "in the metric"
+        columns.insert(5, measure)
+    shown = columns if width >= MIDDLE else [*columns[:4], measure]
     table = _table(names, shown)
     for row, short in zip(certificate.matrices, shorts, strict=False):
-        table.add_row(short, *_record(row)[: len(shown)])
+        cells = _record(row)
+        table.add_row(short, *(cells[column] for column in shown))
     lines = [table]
     if left:
         dense = Table.grid(padding=(0, 2))
@@ -126,16 +131,13 @@ def adapter_table(certificate: Certificate, width: int) -> Group:
     names = [row.name for row in certificate.matrices]
     columns = ["shape", "rank", "of the change", "parameters", "error", "optimum"]
     if certificate.statistics is not None:
-        columns[5:] = ["in the metric", "optimum"]
-    shown = columns if width >= MIDDLE else columns[:-1]
-    table = _table(names, shown)
+        columns.insert(5, "in the metric")
+    if width < MIDDLE:
+        columns = [column for column in columns if column not in ("parameters", "optimum")]
+    table = _table(names, columns)
     for row, short in zip(certificate.matrices, _short(names), strict=True):
-        shape, rank, _, parameters, error, optimum, _ = _record(row)
-        weighted = "–" if row.metric_error is None else f"{row.metric_error:.3g}"
-        cells = [shape, rank, _share(row.energy_share), parameters, error, optimum]
-        if certificate.statistics is not None:
-            cells[5:] = [weighted, optimum]
-        table.add_row(short, *cells[: len(shown)])
+        cells = _record(row)
+        table.add_row(short, *(cells[column] for column in columns))
     lines = [table]
     lines += [*_apart("whole", certificate.stored_whole), *_apart("lost", certificate.lost)]
     return Group(*lines, _change(certificate))
@@ -192,10 +194,11 @@ def applied_table(certificate: Certificate) -> Group:
 def merged_table(certificate: Certificate) -> Group:
     """Returns the rows of a resized or merged adapter, and its totals."""
     names = [row.name for row in certificate.matrices]
-    table = _table(names, ("shape", "rank", "parameters", "error", "optimum"))
+    columns = ("shape", "rank", "parameters", "error", "optimum")
+    table = _table(names, columns)
     for row, short in zip(certificate.matrices, _short(names), strict=True):
-        shape, rank, _, parameters, error, optimum, _ = _record(row)
-        table.add_row(short, shape, rank, parameters, error, optimum)
+        cells = _record(row)
+        table.add_row(short, *(cells[column] for column in columns))
     totals = certificate.totals
     return Group(
         table,
@@ -258,17 +261,20 @@ def fit_table(fits: list[Fit]) -> Table:
     return table
 
 
-def _record(row: MatrixRecord) -> tuple[str, ...]:
+def _record(row: MatrixRecord) -> dict[str, str]:
+    """What is shown of a matrix, by the head of its column."""
     before, after = row.parameters
-    return (
-        _shape(row.shape),
-        str(row.rank),
-        row.form,
-        f"{before:,} → {after:,}",
-        f"{row.relative_error:.3g}",
-        "–" if row.optimum is None else f"{row.optimum:.3g}",
-        "–" if row.output_error is None else f"{row.output_error.max:.2g}",
-    )
+    return {
+        "shape": _shape(row.shape),
+        "rank": str(row.rank),
+        "of the change": _share(row.energy_share),
+        "form": row.form,
+        "parameters": f"{before:,} → {after:,}",
+        "error": f"{row.relative_error:.3g}",
+        "in the metric": "–" if row.metric_error is None else f"{row.metric_error:.3g}",
+        "optimum": "–" if row.optimum is None else f"{row.optimum:.3g}",
+        "|Wx−BAx|": "–" if row.output_error is None else f"{row.output_error.max:.2g}",
+    }
 
 
 def _totals(certificate: Certificate) -> Text:
@@ -312,11 +318,14 @@ def _pair(what: str, pair: tuple[int, int], unit: str) -> str:
 
 
 def _table(names: Sequence[str], columns: Iterable[str]) -> Table:
-    """A table whose first column is the matrices' names, their common beginning in its head."""
+    """A table whose first column is the matrices' names, their common beginning in its head.
+
+    Where a terminal is too narrow, names go on in the next line: no figure loses its digits.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
     prefix = _prefix(names)
     head = f"matrix ({printable(prefix)}…)" if prefix else "matrix"
-    table.add_column(Text(head), no_wrap=True)
+    table.add_column(Text(head), overflow="fold")
     for column in columns:
         justify = "left" if column in LEFT else "right"
         table.add_column(column, justify=justify, no_wrap=column not in ("verdict", "why"))

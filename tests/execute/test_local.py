@@ -54,6 +54,26 @@ def test_workers_that_were_started_ahead_are_taken_first(monkeypatch):
     assert not local._AHEAD
 
 
+def test_a_command_that_ends_while_it_starts_a_worker_prints_no_traceback():
+    """The fork server's child finds the pipe closed: nobody is there to be told."""
+    script = """
+        import os
+        from multiprocessing import forkserver
+        from eckart.execute.local import PRELOADED
+
+        forkserver.set_forkserver_preload(PRELOADED)
+        forkserver.ensure_running()
+        status, pipe = forkserver.connect_to_new_process([])
+        os.close(pipe)
+        print(forkserver.read_signed(status) > 0, forkserver.read_signed(status))
+    """
+    run = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(run, check=False, capture_output=True, text=True, timeout=120)
+
+    assert done.stdout == "True 1\n"
+    assert done.stderr == ""
+
+
 def test_one_worker_needs_no_start(monkeypatch):
     """Nothing is started ahead for what is done in this process."""
     monkeypatch.setattr(local, "cores", lambda: 8)

@@ -212,6 +212,8 @@ def open_statistics(folder: Path | str) -> Statistics:
     """
     folder = Path(folder)
     path = folder / STATISTICS
+    if not folder.exists():
+        raise CheckpointError(f"{printable(folder)} does not exist: check the path.")
     if not folder.is_dir() or not is_there(path):
         raise CheckpointError(
             f"there is no {STATISTICS} in {printable(folder)}: give a folder that eckart "

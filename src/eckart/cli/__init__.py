@@ -30,7 +30,8 @@ def run() -> NoReturn:
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage] there is no public way
     with suppress(BrokenPipeError):  # the reader of our output has gone
         sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(BrokenPipeError):
+        sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 0)
 
 

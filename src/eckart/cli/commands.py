@@ -201,7 +201,8 @@ def compress(
         )
     _show_certificate(certificate, json=json, quiet=quiet)
     if not quiet and not json:
-        say(f"wrote {output}; prove it: eckart verify {output} --against {source}")
+        given = f" --statistics {statistics}" if statistics else ""
+        say(f"wrote {output}; prove it: eckart verify {output} --against {source}{given}")
 
 
 @app.command()

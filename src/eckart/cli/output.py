@@ -3,11 +3,27 @@
 import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-log = Console(stderr=True, highlight=False)
+
+class _Data(Console):
+    """stdout: when its reader has gone, the command ends. rich would call that exit 1, our bug."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
+
+
+class _Log(Console):
+    """stderr: when its reader has gone, the command goes on, and its exit code tells the rest."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+log = _Log(stderr=True, highlight=False)
 
 
 def print_table(table: RenderableType) -> None:
@@ -21,7 +37,11 @@ def print_json(document: object) -> None:
 
     import msgspec
 
-    print(json.dumps(msgspec.to_builtins(document)))
+    text = json.dumps(msgspec.to_builtins(document))
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # without its number, by which typer would make exit 1 of it
+        raise BrokenPipeError from None
 
 
 def say(text: object) -> None:
@@ -39,7 +59,7 @@ def say_all(remarks: Sequence[str]) -> None:
 
 def console() -> Console:
     """Returns where data goes: as wide as the terminal, or wide enough where there is none."""
-    found = Console(highlight=False)
+    found = _Data(highlight=False)
     if not found.is_terminal:
         found.width = 200
     return found

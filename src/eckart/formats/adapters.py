@@ -120,6 +120,8 @@ class Adapter:
 def open_adapter(folder: Path) -> Adapter:
     """Returns an adapter from its headers and configuration; CheckpointError if any of it is not
     understood, or does not agree."""
+    if not folder.exists():
+        raise CheckpointError(f"{printable(folder)} does not exist: check the path.")
     for name in (CONFIG, WEIGHTS):
         if not is_there(folder / name):
             raise CheckpointError(
