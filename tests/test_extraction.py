@@ -19,12 +19,13 @@ from builders import (
     vector,
     write_checkpoint,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eckart import apply, extract, verify
 from eckart.errors import InputError, LossError, PromiseError, StaleError, UsageError
 from eckart.execute import local
+from eckart.linalg.matrices import named_generator
 
 WEIGHTS = "adapter_model.safetensors"
 Q, UP = "layers.0.q_proj", "layers.0.up_proj"
@@ -429,13 +430,53 @@ def test_kept_work_of_another_base_is_stale(simple, tmp_path):
     tuned, base = simple
     extract(tuned, base, tmp_path / "out", rank=2, work=tmp_path / "work")
     other = load_file(base / "model.safetensors")
-    other[f"{Q}.weight"] += 1
+    other[f"{Q}.weight"] += 0.01
     second = write_checkpoint(tmp_path / "second", other)
     stat = (base / "model.safetensors").stat()
     os.utime(second / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
     with pytest.raises(StaleError, match="has changed"):
         extract(tuned, second, tmp_path / "again", rank=2, work=tmp_path / "work")
+
+
+def test_a_model_that_was_trained_apart_is_no_base(simple, tmp_path):
+    """Names and shapes fit, and the weights have nothing in common: the share is said, exit 3."""
+    tuned, base = simple
+    shapes = {name: t.shape for name, t in load_file(base / "model.safetensors").items()}
+    drawn = {name: torch.randn(s, generator=named_generator(9, name)) for name, s in shapes.items()}
+    stranger = write_checkpoint(tmp_path / "stranger", drawn)
+    far = {name: t + 100 * drawn[name] for name, t in load_file(base / "model.safetensors").items()}
+
+    with pytest.raises(InputError, match=r"is not the base of .*[0-9]% of its weights"):
+        extract(tuned, stranger, tmp_path / "out", rank=2)
+    assert not (tmp_path / "out").exists()
+    extract(
+        write_checkpoint(tmp_path / "far", far), base, tmp_path / "out", rank=2, accept_loss=True
+    )
+
+
+def test_an_adapter_that_was_changed_is_not_used(simple, tmp_path):
+    """Its own certificate tells, and the file is named: exit 3 for every command that reads it."""
+    tuned, base = simple
+    made, out = tmp_path / "lora", tmp_path / "out"
+    extract(tuned, base, made, rank=2)
+    stored = load_file(made / WEIGHTS)
+    stored[next(iter(stored))] *= 1.01
+    save_file(stored, made / WEIGHTS, metadata={"format": "pt"})
+    lines = [
+        ("apply", made, "--base", base),
+        ("resize", made, "--rank", 1),
+        ("merge", made, made, "--rank", 1),
+        ("convert", made, "--for", "vllm"),
+    ]
+
+    for line in lines:
+        done = eckart(*line, "-o", out)
+        assert done.code == 3
+        assert "adapter_model.safetensors is not as it was written" in done.message
+        assert not out.exists()
+    (made / "eckart.json").unlink()
+    assert eckart(*lines[0], "-o", out).code == 0
 
 
 def test_half_precision_is_subtracted_exactly_and_stored_as_it_was(tmp_path):

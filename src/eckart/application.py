@@ -27,7 +27,7 @@ from eckart.checkpoint.writer import CERTIFICATE
 from eckart.errors import CheckpointError, InputError
 from eckart.execute import Task, Workers
 from eckart.formats.adapters import Adapter, open_adapter
-from eckart.planning import open_dense
+from eckart.planning import intact, open_dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def application_of(
     """Returns what is to be done; CheckpointError where headers show that the adapter is for
     another model."""
     origin = open_dense(Path(base), allow_pickle=allow_pickle)
-    parts = open_adapter(Path(adapter))
+    parts = open_adapter(intact(Path(adapter)))
     orders, layout = orders_of(origin, parts, subtract=subtract)
     vocabulary_of(orders, layout, origin)
     return Application(origin, parts, orders, layout)

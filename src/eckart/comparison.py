@@ -35,6 +35,16 @@ class Compared:
     digests: tuple[str, str]  # tuned, base
     energy: float
     equal: bool  # every entry
+    sample: "Sample | None" = None  # of a matrix, or a stack of them
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What the first entries of a tensor say of a pair: enough to tell a base from a stranger."""
+
+    difference: float  # ‖W − W0‖²
+    tuned: float  # ‖W‖²
+    base: float  # ‖W0‖²
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +67,7 @@ class Comparer:
         if {ours.dtype, theirs.dtype} - DTYPES.keys():
             return self._by_digest(name)
         ours_seen, theirs_seen = Hash(), None
-        missed, equal = 0.0, True
+        missed, equal, sample = 0.0, True, None
         for start in range(0, theirs.parameters, PIECE_ENTRIES):
             stop = min(start + PIECE_ENTRIES, theirs.parameters)
             W, W0 = (s.entries(name, start, stop) for s in (self.tuned, self.base))
@@ -67,9 +77,12 @@ class Comparer:
             ours_seen.update(bytes_of(W))
             if theirs_seen is not None:
                 theirs_seen.update(bytes_of(W0))
-            if not same:
-                equal = equal and torch.equal(W, W0)
-                missed += _energy_between(W, W0) if W.is_floating_point() else 0.0
+            floating = W.is_floating_point()
+            missed_here = 0.0 if same or not floating else _energy_between(W, W0)
+            equal = equal and (same or torch.equal(W, W0))
+            missed += missed_here
+            if sample is None and floating and W0.is_floating_point() and len(ours.shape) > 1:
+                sample = _sample(W, W0, missed_here)
         for start in range(theirs.parameters, ours.parameters, PIECE_ENTRIES):  # rows of its own
             W = self.tuned.entries(name, start, min(start + PIECE_ENTRIES, ours.parameters))
             theirs_seen = theirs_seen or ours_seen.copy()
@@ -84,7 +97,7 @@ class Comparer:
             )
         digest = ours_seen.hexdigest()
         digests = digest, digest if theirs_seen is None else theirs_seen.hexdigest()
-        return Compared(digests, missed, equal)
+        return Compared(digests, missed, equal, sample)
 
     def _by_digest(self, name: str) -> Compared:
         """Of what torch cannot hold, equal or not is all that can be told."""
@@ -164,6 +177,18 @@ class Changes:
         """Of all that the tuned model has and the base has not."""
         return math.fsum([*self.changed.values(), *self.added.values()])
 
+    @property
+    def common(self) -> float:
+        """How much of the base is in the tuned model: ⟨W, W0⟩/‖W0‖² over samples of all matrices.
+
+        1 where W = W0 + something that does not point along it, however large; about 0 of two
+        models that have nothing to do with each other.
+        """
+        samples = [one.sample for one in self.compared.values() if one.sample is not None]
+        base = math.fsum(one.base for one in samples)
+        twice = math.fsum(one.tuned + one.base - one.difference for one in samples)
+        return twice / (2 * base) if base else 1.0
+
     def delta(self) -> Delta:
         """Returns the floating tensors that differ, as a source."""
         grown = self.grown
@@ -197,9 +222,19 @@ def supposed(tuned: Source, base: Source) -> Changes:
 def _energy_between(W: Tensor, W0: Tensor) -> float:
     """‖W − W0‖² of two pieces to 10⁻⁵, rounded up, by blocks that stay in the cache."""
     wide = torch.float64 if 8 in (W.dtype.itemsize, W0.dtype.itemsize) else torch.float32
+    W0 = W0.to(wide) if W0.dtype == torch.bool else W0  # which torch does not subtract
     memory = torch.empty(min(len(W), BLOCK), dtype=wide)
     blocks = zip(W.split(BLOCK), W0.split(BLOCK), strict=True)
     return sum(energy_from_above(memory[: len(a)].copy_(a).sub_(b)) for a, b in blocks)
+
+
+def _sample(W: Tensor, W0: Tensor, difference: float) -> Sample:
+    """Of one piece: half precision is widened a block at a time."""
+    ours, theirs = (
+        sum(energy_from_above(b.float() if b.itemsize < 4 else b) for b in piece.split(BLOCK))
+        for piece in (W, W0)
+    )
+    return Sample(difference, ours, theirs)
 
 
 def _own_energy(source: Source, name: str) -> float:

@@ -33,6 +33,9 @@ from eckart.matrix import Matrix
 from eckart.pairing import compare, weighed
 from eckart.planning import Targets, is_in_nats, nothing_known, width_remarks
 
+STRANGERS = 0.1
+"""Of the base, in the tuned model: with less they are two models that were trained apart."""
+
 
 def compare_all(tuned: Source, base: Source, workers: Workers) -> Changes:
     """Reads both, tensor by tensor; InputError if nothing differs."""
@@ -41,6 +44,12 @@ def compare_all(tuned: Source, base: Source, workers: Workers) -> Changes:
         raise InputError(
             f"there is nothing to extract: {printable(tuned.path)} and {printable(base.path)} hold "
             "the same weights."
+        )
+    if changes.common < STRANGERS:
+        raise InputError(
+            f"{printable(base.path)} is not the base of {printable(tuned.path)}: names and shapes "
+            f"fit, but {max(changes.common, 0.0):.1%} of its weights are found in there, and of a "
+            "base it is about all. Give the one it was tuned from."
         )
     return changes
 

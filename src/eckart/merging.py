@@ -41,7 +41,7 @@ from eckart.formats import peft
 from eckart.formats.adapters import Adapter
 from eckart.formats.forms import AdapterForm, check_held, check_largest, form_remarks
 from eckart.formats.pipelines import addressed, open_lora
-from eckart.planning import check_align, policy_of, stored_dtype
+from eckart.planning import check_align, intact, policy_of, stored_dtype
 
 
 def weights_of(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -107,7 +107,7 @@ def merge_of(
     if not adapters:
         raise UsageError("there is no adapter to merge: name one at least.")
     stored, reader = stored_dtype(dtype), consumer_of(consumer)
-    opened = [addressed(open_lora(Path(path)), reader, component) for path in adapters]
+    opened = [addressed(open_lora(intact(Path(path))), reader, component) for path in adapters]
     brief = _summed(opened, weights_of(weights, len(opened)), reader, stored, align)
     policy.check(brief.items, brief.terms)
     policy = _against_given(policy, brief.sums)
@@ -131,7 +131,7 @@ def conversion_of(
     reader, stored = consumer_of(consumer), stored_dtype(dtype)
     listed = [] if base is None else open_source(Path(base)).tensors
     modules = [name.removesuffix(".weight") for name in listed]
-    opened = addressed(open_lora(Path(adapter), modules), reader, component)
+    opened = addressed(open_lora(intact(Path(adapter)), modules), reader, component)
     return _summed([opened], [1.0], reader, stored, align=1)
 
 

@@ -15,6 +15,7 @@ from eckart.assemble.measurement import item_of
 from eckart.assemble.sidecars import check_config
 from eckart.certificate import read_certificate
 from eckart.checkpoint.documents import read_json
+from eckart.checkpoint.hashing import file_digest
 from eckart.checkpoint.header import DTYPES
 from eckart.checkpoint.opening import open_source
 from eckart.checkpoint.paths import printable
@@ -229,6 +230,21 @@ def spread(
             f"are free: use --workers {fitting}."
         )
     return min(chosen, fitting)
+
+
+def intact(adapter: Path) -> Path:
+    """Returns an adapter's folder or file; CheckpointError where weights that eckart wrote were
+    changed since. Cost: hashes them."""
+    if not (adapter / CERTIFICATE).exists():
+        return adapter
+    files = read_certificate(adapter).files
+    for path in sorted(adapter.glob("*.safetensors")):
+        if path.name in files and file_digest(path) != files[path.name].blake3:
+            raise CheckpointError(
+                f"{printable(path)} is not as it was written: {CERTIFICATE} beside it has another "
+                f"digest. Make or download it again, or remove {CERTIFICATE} to take it as it is."
+            )
+    return adapter
 
 
 def open_dense(path: Path, *, allow_pickle: bool = False) -> Source:
