@@ -369,7 +369,7 @@ def test_parts_with_inputs_of_their_own_are_plain(tmp_path):
     """Layers that the base fuses, whose statistics have no input in common."""
     base = {f"l.{X}.weight": decaying(f"b{X}", m, 6) for X, m in LAYERS.items()}
     tuned = {name: W + decaying(f"d{name}", *W.shape) for name, W in base.items()}
-    tuned["l.o_proj.weight"] = decaying("o", 6, 8)
+    tuned["l.o_proj.weight"] = 1 + decaying("o", 6, 8)
     fused = {"l.qkv_proj.weight": torch.cat([*base.values()]), "l.o_proj.weight": torch.ones(6, 8)}
     both = write_checkpoint(tmp_path / "tuned", tuned), write_checkpoint(tmp_path / "base", fused)
     S = write_moments(tmp_path / "S", both[0]).folder

@@ -27,6 +27,9 @@ PIECE_ENTRIES = 2**22
 
 BLOCK = 2**20
 
+DROWNS = 16.0
+"""‖W‖²/‖W0‖² from which on what W has of W0 is lost in the rest."""
+
 
 @dataclass(frozen=True, slots=True)
 class Compared:
@@ -181,13 +184,15 @@ class Changes:
     def common(self) -> float:
         """How much of the base is in the tuned model: ⟨W, W0⟩/‖W0‖² over samples of all matrices.
 
-        1 where W = W0 + something that does not point along it, however large; about 0 of two
-        models that have nothing to do with each other.
+        1 where W = W0 + something that does not point along it; about 0 of two models that have
+        nothing to do with each other. 1 also where W is so much larger than W0 that it would drown
+        it: nothing can be told then.
         """
         samples = [one.sample for one in self.compared.values() if one.sample is not None]
         base = math.fsum(one.base for one in samples)
+        tuned = math.fsum(one.tuned for one in samples)
         twice = math.fsum(one.tuned + one.base - one.difference for one in samples)
-        return twice / (2 * base) if base else 1.0
+        return twice / (2 * base) if tuned < DROWNS * base else 1.0
 
     def delta(self) -> Delta:
         """Returns the floating tensors that differ, as a source."""
