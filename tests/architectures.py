@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,6 +213,25 @@ def _inputs() -> dict[str, dict[str, torch.Tensor]]:
         "WhisperForConditionalGeneration": {"input_features": sound, "decoder_input_ids": IDS},
         "T5ForConditionalGeneration": {"input_ids": IDS, "decoder_input_ids": IDS},
     }
+
+
+def write_llama(folder: Path, vocabulary: int) -> Path:
+    """A Llama of two layers whose weights decide what it says."""
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import write_llama
 from builders import eckart, read_document, read_tensors, snapshot, write_moments
 from safetensors.torch import save_file
 
@@ -23,22 +24,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A Llama of two layers whose weights decide what it says."""
-    folder = tmp_path_factory.mktemp("model") / "llama"
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_llama(tmp_path_factory.mktemp("model") / "llama", VOCABULARY)
 
 
 @pytest.fixture(scope="module")

@@ -300,9 +300,9 @@ def merge(
         dtype=dtype,
     )
     count = workers_for([one.shape for one in brief.sums.values()], workers, threads)
-    policy = policy_of(rank=rank, energy=energy, error=error, keep=keep, size=size)
-    options: Options = {
-        policy.name: policy.value,
+    asked = policy_of(rank=rank, energy=energy, error=error, keep=keep, size=size)
+    options: Options = {  # as it was asked: the brief's own policy is held against the sums
+        asked.name: asked.value,
         "weights": [str(weight) for weight in brief.weights],
         "for": consumer,
         "component": component,

@@ -4,17 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import write_llama
 from builders import read_document, snapshot
 from safetensors.torch import save_file
 
-from eckart import calibrate, compress, verify
-
-transformers = pytest.importorskip("transformers")
-
-from eckart import drift  # noqa: E402 behind what may be missing
-from eckart.drift.relay import Relay  # noqa: E402
-from eckart.texts import Text, open_text  # noqa: E402
-from eckart.trial import FITTED, Trial, fitted_to, held_out  # noqa: E402
+from eckart import calibrate, compress, drift, verify
+from eckart.drift.relay import Relay
+from eckart.texts import Text, open_text
+from eckart.trial import FITTED, Trial, fitted_to, held_out
 
 VOCABULARY = 40
 FORMS = ("ba", "pivoted", "auto")
@@ -23,22 +20,7 @@ FORMS = ("ba", "pivoted", "auto")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A Llama of two layers whose weights decide what it says."""
-    folder = tmp_path_factory.mktemp("model") / "llama"
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_llama(tmp_path_factory.mktemp("model") / "llama", VOCABULARY)
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,13 @@
 from pathlib import Path
 
 import pytest
+from architectures import IDS, model_of
 
-transformers = pytest.importorskip("transformers")
-
-from architectures import IDS, model_of  # noqa: E402 behind what may be missing
-
-from eckart.checkpoint.opening import open_source  # noqa: E402
-from eckart.drift.order import Group, order_of, stretches  # noqa: E402
-from eckart.families import matrices  # noqa: E402
-from eckart.texts import Text  # noqa: E402
-from eckart.trial import Trial  # noqa: E402
+from eckart.checkpoint.opening import open_source
+from eckart.drift.order import Group, order_of, stretches
+from eckart.families import matrices
+from eckart.texts import Text
+from eckart.trial import Trial
 
 LLAMA = [
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

@@ -3,18 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
+from architectures import ARCHITECTURES, model_of
 
-transformers = pytest.importorskip("transformers")
-
-import torch  # noqa: E402 behind what may be missing
-from architectures import ARCHITECTURES, model_of  # noqa: E402
-
-from eckart.checkpoint.opening import open_source  # noqa: E402
-from eckart.drift.order import order_of, stretches  # noqa: E402
-from eckart.drift.relay import Relay  # noqa: E402
-from eckart.families import matrices  # noqa: E402
-from eckart.texts import Text  # noqa: E402
-from eckart.trial import Trial  # noqa: E402
+from eckart.checkpoint.opening import open_source
+from eckart.drift.order import order_of, stretches
+from eckart.drift.relay import Relay
+from eckart.families import matrices
+from eckart.texts import Text
+from eckart.trial import Trial
 
 TEXT = Text({"input_ids": torch.arange(120).reshape(10, 12) * 7 % 96})
 CHAINS = ("llama", "llama, tied", "qwen3", "phi3", "gpt2", "mixtral", "qwen3-moe", "gpt-oss")

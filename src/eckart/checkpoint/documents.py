@@ -4,8 +4,10 @@ Python's own reader keeps the last of two equal keys and accepts NaN; a checkpoi
 things is refused here instead.
 """
 
+import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +16,12 @@ from eckart.errors import CheckpointError
 
 JSON_BYTES = 2**26
 """64 MiB, more than any index or config in use: parsed, brackets take 30 times their bytes."""
+
+
+def sealed_json(document: Mapping[str, Any]) -> bytes:
+    """Returns an object in canonical JSON, its `digest` that of the same with `digest` empty."""
+    empty = {**document, "digest": ""}
+    return canonical_json({**empty, "digest": hashlib.sha256(canonical_json(empty)).hexdigest()})
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 A part holds what any budget can be served from; a fit holds what belongs to one choice of ranks.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -12,7 +11,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from eckart.checkpoint.documents import canonical_json, parse_json
+from eckart.checkpoint.documents import parse_json, sealed_json
 from eckart.checkpoint.hashing import digest_of
 from eckart.checkpoint.header import read_header
 from eckart.checkpoint.paths import printable
@@ -56,9 +55,7 @@ class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     def encode(self) -> bytes:
         """Returns the canonical JSON, its digest filled in."""
-        document = msgspec.to_builtins(self) | {"digest": ""}
-        document["digest"] = hashlib.sha256(canonical_json(document)).hexdigest()
-        return canonical_json(document)
+        return sealed_json(msgspec.to_builtins(self))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ vectors, optimal. So a part takes at most min(m, n)·r numbers. In a metric they
 M = LᵀWR, and its roots are recomputed from the statistics.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from eckart.checkpoint.documents import canonical_json, parse_json
+from eckart.checkpoint.documents import parse_json, sealed_json
 from eckart.checkpoint.hashing import digest_of
 from eckart.checkpoint.header import read_header
 from eckart.checkpoint.paths import printable
@@ -49,9 +48,7 @@ class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     def encode(self) -> bytes:
         """Returns the canonical JSON, its digest filled in."""
-        document = msgspec.to_builtins(self) | {"digest": ""}
-        document["digest"] = hashlib.sha256(canonical_json(document)).hexdigest()
-        return canonical_json(document)
+        return sealed_json(msgspec.to_builtins(self))
 
 
 @dataclass(frozen=True, slots=True)
