@@ -355,7 +355,7 @@ def apply_rows(folder: Path, gigabytes: float, count: int) -> Iterator[str]:
     os.sync()
     line = eckart("apply", adapter, "--base", base, "-o", out, "--workers", "2")
     copying = ["sh", "-c", 'cp -r "$0" "$1" && sync', str(base), str(copy)]
-    bare = [sys.executable, "-c", "import eckart.adaptation, eckart.cli"]
+    bare = [sys.executable, "-c", "import eckart.folding, eckart.cli"]
 
     def copied() -> float:
         seconds = fresh(copy, copying)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 __version__ = _version("eckart")
 
 _HOME = {
-    "apply": "eckart.adaptation",
+    "apply": "eckart.folding",
     "Factors": "eckart.linalg.factors",
     "factorize": "eckart.linalg.factors",
     "pivot": "eckart.linalg.factors",
@@ -57,7 +57,6 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
-    from eckart.adaptation import apply as apply
     from eckart.adaptation import extract as extract
     from eckart.adaptation import merge as merge
     from eckart.adaptation import resize as resize

@@ -9,11 +9,9 @@ from pathlib import Path
 
 from eckart.assemble.adapter_certification import certify_applied
 from eckart.assemble.application import Applier, Order, Replace, orders_of
-from eckart.assemble.filling import Filled
 from eckart.assemble.job import Job
 from eckart.assemble.sidecars import write_sidecars
 from eckart.certificate import Certificate, read_certificate
-from eckart.checkpoint.digests import FileDigests
 from eckart.checkpoint.documents import read_json
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.source import Source
@@ -74,11 +72,10 @@ def application_of(
 def write_applied(
     asked: Application, job: Job, workers: Workers, shard_bytes: int | None = None
 ) -> Certificate:
-    """Lays the checkpoint out, fills it from its beginning on, and certifies it.
+    """Lays the checkpoint out, fills it file by file, and certifies it.
 
-    In the files of the base, unless `shard_bytes` cuts anew. Files are hashed and flushed while
-    they are being filled (see `FileDigests`), one for each worker at a time: two that write to one
-    file wait for each other.
+    In the files of the base, unless `shard_bytes` cuts anew. A file is written and hashed from its
+    first byte to its last, by one worker (see `FileStream`).
     """
     adapter, orders, layout = asked.adapter, asked.orders, asked.layout
     shards = asked.shards
@@ -88,20 +85,13 @@ def write_applied(
         files = lay_out_checkpoint(job.staged, layout, shard_bytes or SHARD_BYTES)
     sign = -1 if job.options["subtract"] else 1
     unit = Applier(job.source, adapter.source, files, sign, job.threads)
-    number = {file: i for i, file in enumerate(files.files)}
-
-    def turn(name: str) -> tuple[int, int, int]:
-        place = files.places[name]
-        return number[place.file] // workers.count, place.begin, number[place.file]
-
-    tasks = [Task(name, (orders[name],), orders[name].seconds) for name in sorted(orders, key=turn)]
-    filled: list[Filled] = []
-    with FileDigests(files) as digests:
-        for name, one in workers.map(unit, tasks, "writing", in_order=True):
-            digests.filled(name)
-            filled.append(one)
-        hashed = digests.result()
-    files.sync()
+    tasks = list[Task]()
+    for file in files.files:
+        held = tuple(orders[name] for name in files.held(file))
+        tasks.append(Task(file, (file, held), sum(order.seconds for order in held)))
+    written = dict(workers.map(unit, tasks, "writing"))
+    filled = [one for file in written.values() for one in file.tensors]
+    hashed = {file: one.digest for file, one in written.items()}
     write_sidecars(job, vocabulary_of(orders, layout, job.source))
     for source in (job.source, adapter.source):
         source.check_unchanged()

@@ -5,7 +5,7 @@ once to the base's dtype; what rounding cost is measured as a share of what was 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from eckart.checkpoint.header import DTYPES, TensorInfo
 from eckart.checkpoint.paths import printable
 from eckart.checkpoint.quantized import EIGHT_BITS
 from eckart.checkpoint.source import Source
+from eckart.checkpoint.stream import FileStream
 from eckart.checkpoint.tensor_file import TensorFiles, TensorLayout
 from eckart.decompose.request import FLOPS
 from eckart.errors import CheckpointError
@@ -87,8 +88,16 @@ BLOCK_ENTRIES = 2**18
 
 
 @dataclass(frozen=True, slots=True)
+class FilledFile:
+    """A file of the output that is on the disk, and what is said of its tensors."""
+
+    digest: str
+    tensors: tuple[Filled, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Applier:
-    """Carries out one order."""
+    """Carries out the orders of one file."""
 
     base: Source
     adapter: Source
@@ -96,49 +105,56 @@ class Applier:
     sign: int
     threads: int | None = None
 
-    def __call__(self, order: Order) -> Filled:
-        """Reads, adds and writes in one pass. Peak memory: the factors, and a few MiB."""
+    def __call__(self, file: str, orders: Sequence[Order]) -> FilledFile:
+        """Reads, adds and writes in one pass, in the order of the file.
+
+        Peak memory: the factors of a matrix, and some MiB.
+        """
+        with FileStream(self.files, file) as out, computing_on(self.threads or THREADS):
+            filled = tuple(self._fill(order, out) for order in orders)
+            return FilledFile(out.digest(), filled)
+
+    def _fill(self, order: Order, out: FileStream) -> Filled:
         match order:
             case Copy():
-                return Filled(order.name, self._copy(self.base, order.name, order.stored))
+                return Filled(order.name, _copy(self.base, order.name, order.stored, out))
             case Replace():
                 check_finite(self.adapter.load(order.stored), order.stored)
-                self._copy(self.adapter, order.stored, order.name)
+                _copy(self.adapter, order.stored, order.name, out)
                 return Filled(order.name, self.base.digest(order.name))
             case AddBias():
-                return self._add_bias(order)
+                return self._add_bias(order, out)
             case Add():
-                with computing_on(self.threads or THREADS):
-                    return self._add(order)
+                return self._add(order, out)
 
-    def _copy(self, source: Source, name: str, stored: str) -> str:
-        seen, offset = Hash(), 0
-        for piece in source.chunks(name):
-            seen.update(bytes_of(piece))
-            self.files.write(stored, piece, offset)
-            offset += len(piece)
-        return seen.hexdigest()
-
-    def _add_bias(self, order: AddBias) -> Filled:
+    def _add_bias(self, order: AddBias, out: FileStream) -> Filled:
         bias = self.base.load(order.name)
         added = bias_sum(bias, order.part, self.adapter, self.sign)
         check_finite(added, f"the sum of {order.name} and the adapter's")
-        self.files.write(order.name, added)
+        out.write(order.name, added)
         return Filled(order.name, digest_of(bias))
 
-    def _add(self, order: Add) -> Filled:
-        missed, total, offset, seen = 0.0, 0.0, 0, Hash()
+    def _add(self, order: Add, out: FileStream) -> Filled:
+        missed, total, seen = 0.0, 0.0, Hash()
         what = f"the sum of {order.name} and the adapter's product"
         for sums in sums_of(self.base, self.adapter, order, self.sign):
             for rows, exact in sums:
                 seen.update(bytes_of(rows))
                 rows.copy_(exact)
                 missed += rounding(exact, rows, what)
-                self.files.write(order.name, rows, offset)
-                offset += rows.nbytes
+                out.write(order.name, rows)
             total += product_energy(sums.addition)
         error, info = rounded_up(missed, total), self.base.tensors[order.name]
         return Filled(order.name, seen.hexdigest(), _record(order, info, error))
+
+
+def _copy(source: Source, name: str, stored: str, out: FileStream) -> str:
+    """Copies a tensor's bytes, and returns their digest."""
+    seen = Hash()
+    for piece in source.chunks(name):
+        seen.update(bytes_of(piece))
+        out.write(stored, piece)
+    return seen.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,11 @@ class TensorFiles:
         """The files' names, sorted."""
         return sorted({place.file for place in self.places.values()})
 
+    def held(self, file: str) -> list[str]:
+        """The names of a file's tensors, in the order in which they stand in it."""
+        names = [name for name, place in self.places.items() if place.file == file]
+        return sorted(names, key=lambda name: (self.places[name].begin, self.places[name].end))
+
     def write(self, name: str, tensor: Tensor, offset: int = 0) -> None:
         """Puts a tensor, or a piece of its bytes, in its place, `offset` bytes from its start."""
         place = self.places[name]

@@ -319,7 +319,7 @@ def apply(
 ) -> None:
     """Fold a LoRA adapter into its base: W + s·B·A, tensor by tensor."""
     warm_up(1 if dry_run else workers)
-    from eckart import adaptation, adapter_plans
+    from eckart import folding
     from eckart.screen import applied_table
 
     shard_bytes = None if shard_size is None else byte_count(shard_size, "--shard-size")
@@ -331,11 +331,13 @@ def apply(
         "force": force,
     }
     if dry_run:
+        from eckart import adapter_plans
+
         plan = adapter_plans.plan_application(adapter, base, output, **asked)
         _show_plan(plan, json=json, quiet=quiet)
         return
     with watching(quiet=quiet or json) as progress:
-        certificate = adaptation.apply(
+        certificate = folding.apply(
             adapter,
             base,
             output,

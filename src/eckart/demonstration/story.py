@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 import eckart
-from eckart import adaptation, api
+from eckart import adaptation, api, folding
 from eckart.demonstration import calibrated
 from eckart.demonstration.scene import Scene, arrow
 from eckart.errors import UsageError
@@ -154,7 +154,7 @@ def _extract(
     certificate = adaptation.extract(
         tuned, base, out, rank=rank, store_whole=["norms"], force=scene.force
     )
-    adaptation.apply(out, base, applied, force=scene.force)
+    folding.apply(out, base, applied, force=scene.force)
     scene.check(out, api.verify(out, tuned, base=base))
     scene.check(applied, api.verify(applied, out, base=base))
     assert certificate.change is not None

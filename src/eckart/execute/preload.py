@@ -13,7 +13,7 @@ from types import TracebackType
 from eckart.execute.machine import collect_rarely, keep_freed_memory
 
 collect_rarely()
-for name in ("torch", "eckart.assemble.filling", "eckart.execute.worker"):
+for name in ("torch", "scipy.linalg", "eckart.assemble.filling", "eckart.execute.worker"):
     import_module(name)
 keep_freed_memory()
 atexit.register(os._exit, 0)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import scipy.linalg
 import torch
 from jaxtyping import Float
 from threadpoolctl import threadpool_limits
@@ -198,8 +197,10 @@ def _value_rungs(W: Tensor) -> list[_Rung]:
 
 def _gesvd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The slow and sure one: QR iteration instead of divide and conquer."""
+    from scipy.linalg import svd
+
     with threadpool_limits(torch.get_num_threads(), user_api="blas"):
-        factors = scipy.linalg.svd(W.cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
+        factors = svd(W.cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
     U, s, Vh = (torch.from_numpy(factor).to(W.device) for factor in factors)
     return U, s, Vh
 

@@ -6,7 +6,6 @@ Knows tensors only. How good a product is, `residual` measures.
 from dataclasses import dataclass
 from typing import Any, cast
 
-import scipy.linalg
 import torch
 from jaxtyping import Float, Int
 from threadpoolctl import threadpool_limits
@@ -292,14 +291,15 @@ def pivot(factors: Factors) -> PivotedFactors:
     >>> p.parameters, p.A.shape, p.K.shape
     (36, torch.Size([2, 10]), torch.Size([8, 2]))
     """
+    from scipy.linalg import qr  # a tenth of a second that few commands need
+
     B, A = factors.B.double(), factors.A.double()
     m, r = B.shape
     if r > m:
         raise ShapeError(f"B is {m}×{r}: the pivoted form needs at least as many rows as columns.")
     with threadpool_limits(torch.get_num_threads(), user_api="blas"):
-        R, order = cast(
-            "tuple[Any, Any]", scipy.linalg.qr(B.mT.cpu().numpy(), mode="r", pivoting=True)
-        )
+        found = qr(B.mT.cpu().numpy(), mode="r", pivoting=True)
+    R, order = cast("tuple[Any, Any]", found)
     R, perm = torch.from_numpy(R).to(B.device), torch.from_numpy(order).long().to(B.device)
     diagonal = R.diagonal().abs()
     q = int((diagonal > diagonal[0] * max(m, r) * torch.finfo(torch.float64).eps).sum())

@@ -5,7 +5,6 @@ Knows tensors; must not know files, nor what the space is grown for: that is `ra
 
 import math
 
-import scipy.linalg
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -107,8 +106,10 @@ class GolubKahan:
         """
         M = self.projected if self.products > 1 else self.first.double().cpu()
         if self.W.dtype == torch.float64:
+            from scipy.linalg import svdvals
+
             with one_thread():
-                values = scipy.linalg.svdvals(M.numpy(), check_finite=False)
+                values = svdvals(M.numpy(), check_finite=False)
             return torch.from_numpy(values).square()
         return self._reduced(M).values().clamp(min=0)
 
@@ -125,8 +126,10 @@ class GolubKahan:
         if float(s[-1]) ** 2 > digits * float(s[0]) ** 2:
             Y = M @ X / s
         else:
+            from scipy.linalg import svd
+
             with one_thread():
-                factors = scipy.linalg.svd(M.numpy(), full_matrices=False, check_finite=False)
+                factors = svd(M.numpy(), full_matrices=False, check_finite=False)
             Y, s, Zh = (torch.from_numpy(factor) for factor in factors)
             Y, s, X = Y[:, :rank], s[:rank], Zh[:rank].mT
         reached = self.target.vectors @ Y.to(self.W)

@@ -5,19 +5,15 @@ Knows tensors only.
 
 from contextlib import AbstractContextManager
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.linalg import get_lapack_funcs
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 PANEL = 64  # columns of a block of reflectors
-
-_lwork, _sytrd, _sterf, _stevd, _ormqr = get_lapack_funcs(
-    ("sytrd_lwork", "sytrd", "sterf", "stevd", "ormqr"), dtype=np.float64
-)
 
 
 class Tridiagonal:
@@ -34,8 +30,8 @@ class Tridiagonal:
 
     def __init__(self, gram: Float[Tensor, "s s"]) -> None:
         with one_thread():
-            lwork = int(_lwork(len(gram), lower=1)[0])
-            reduced = _sytrd(gram.numpy(), lower=1, lwork=lwork)
+            lwork = int(_lapack("sytrd_lwork")(len(gram), lower=1)[0])
+            reduced = _lapack("sytrd")(gram.numpy(), lower=1, lwork=lwork)
         self._reflectors, self._diagonal, beside, self._scales, failure = reduced
         assert failure == 0, f"sytrd: {failure}"
         self._beside = beside if len(gram) > 1 else np.zeros(1)  # scipy asks for one entry
@@ -43,20 +39,20 @@ class Tridiagonal:
     def values(self) -> Float[Tensor, " s"]:
         """Returns the eigenvalues, descending."""
         with one_thread():
-            values, failure = _sterf(self._diagonal, self._beside)
+            values, failure = _lapack("sterf")(self._diagonal, self._beside)
         assert failure == 0, f"sterf: {failure}"
         return torch.from_numpy(values).flip(0)
 
     def leading(self, count: int) -> tuple[Float[Tensor, " k"], Float[Tensor, "s k"]]:
         """Returns the k = min(count, s) largest eigenvalues, descending, and their vectors."""
         with one_thread():
-            values, every, failure = _stevd(self._diagonal, self._beside)
+            values, every, failure = _lapack("stevd")(self._diagonal, self._beside)
             assert failure == 0, f"stevd: {failure}"
             vectors = np.asfortranarray(every[:, max(0, len(values) - count) :])
             if len(values) > 1:
                 below = np.asfortranarray(self._reflectors[1:, :-1])
                 work = PANEL * vectors.shape[1]
-                vectors[1:] = _ormqr("L", "N", below, self._scales, vectors[1:], work)[0]
+                vectors[1:] = _lapack("ormqr")("L", "N", below, self._scales, vectors[1:], work)[0]
         largest = torch.from_numpy(values[::-1][:count].copy())
         return largest, torch.from_numpy(vectors[:, ::-1].copy())
 
@@ -73,5 +69,14 @@ def one_thread() -> AbstractContextManager[object]:
 
 
 @cache
+def _lapack(name: str) -> Any:
+    from scipy.linalg import get_lapack_funcs
+
+    return get_lapack_funcs(name, dtype=np.float64)
+
+
+@cache
 def _blas() -> ThreadpoolController:
+    import scipy.linalg  # pyright: ignore[reportUnusedImport] # noqa: F401 its BLAS is to be found
+
     return ThreadpoolController()
