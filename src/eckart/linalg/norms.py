@@ -50,7 +50,8 @@ def energy_from_above(W: Float[Tensor, "*shape"]) -> float:
         runs = torch.linalg.vector_norm(flat[:whole].view(-1, RUN), dim=1).double()
         found = float(torch.dot(runs, runs))
         if TINY < found < math.inf:
-            return (found + energy(flat[whole:])) * (1 + RUN_ROUNDING)
+            rest = energy(flat[whole:]) if whole < len(flat) else 0.0
+            return (found + rest) * (1 + RUN_ROUNDING)
     return energy(flat)
 
 
