@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from eckart.conversion import convert as convert
     from eckart.conversion import lint as lint
     from eckart.errors import EckartError as EckartError
+    from eckart.folding import apply as apply
     from eckart.linalg.exact import TruncatedSVD as TruncatedSVD
     from eckart.linalg.exact import exact_svd as exact_svd
     from eckart.linalg.exact import singular_values as singular_values

@@ -35,7 +35,7 @@ def apply(
     base's dtype, in the base's own files unless `shard_bytes` cuts anew; the certificate says what
     share of the addition that rounding took. An adapter that eckart extracted from another base is
     refused, unless `other_base`. Cost: the base read and written once, and both hashed. Peak
-    memory: a few MiB and the factors of one tensor, times the workers. Raises CheckpointError where
+    memory: 20 MiB and the factors of one tensor, times the workers. Raises CheckpointError where
     the adapter is for another model.
     """
     folder, target = Path(adapter), Path(out)

@@ -102,17 +102,6 @@ def test_the_longest_task_is_begun_first():
     ]
 
 
-def test_tasks_can_be_begun_in_their_order():
-    """Where what is done first is wanted first."""
-    some = [Task("a", (1,), 0.1), Task("b", (2,), 0.9), Task("c", (3,), 0.5)]
-
-    assert [name for name, _ in Workers(1).map(units.process, some, in_order=True)] == [
-        "a",
-        "b",
-        "c",
-    ]
-
-
 def test_workers_that_are_there_share_short_tasks():
     """What would not be worth starting them is worth giving them; next to nothing is not."""
     with Workers(2) as crew:

@@ -38,9 +38,8 @@ class FileStream:
 
     def __init__(self, files: TensorFiles, file: str) -> None:
         self._path, self._places = files.folder / file, files.places
-        self._held = {name for name, place in files.places.items() if place.file == file}
-        self._start = min(files.places[name].begin for name in self._held)
-        self._end = max(files.places[name].end for name in self._held)
+        held = files.held(file)
+        self._start, self._end = files.places[held[0]].begin, files.places[held[-1]].end
         self._begun = self._filled = 0  # where the buffer stands in the file, and what is in it
         self._seen = Hash()
         self._buffers = deque(memoryview(mmap.mmap(-1, BUFFER_BYTES)) for _ in range(BUFFERS))
@@ -62,7 +61,8 @@ class FileStream:
         """Takes a tensor of the CPU, or the next piece of one, row-major."""
         data, place = bytes_of(tensor), self._places[name]
         position = self._begun + self._filled
-        fits = name in self._held and place.begin <= position <= place.end - len(data)
+        inside = place.begin <= position <= place.end - len(data)
+        fits = inside and place.file == self._path.name
         assert fits, f"{name}: {len(data)} bytes do not belong at {position}"
         self._take(data)
 
@@ -108,8 +108,6 @@ class FileStream:
     def _put(self, data: memoryview, offset: int) -> None:
         self._seen.update(data)
         with storage_errors(self._path):
-            if len(data) < BUFFER_BYTES:
-                _through_cache(self._descriptor)
             while data:
                 try:
                     done = os.pwrite(self._descriptor, data, offset)
@@ -133,7 +131,8 @@ def _open(path: Path) -> int:
 def _through_cache(descriptor: int) -> bool:
     """Writes by way of the page cache from now on; returns whether that is a change.
 
-    For the end of a file, which is no whole block, and on file systems that have no other way.
+    For what is refused directly: the end of a file, which is no whole block, and everything on some
+    file systems.
     """
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     if not flags & DIRECT:

@@ -121,19 +121,17 @@ class Workers:
         unit: Callable[..., Any],
         tasks: Sequence[Task],
         title: str = "",
-        *,
-        in_order: bool = False,
     ) -> Iterator[tuple[str, Any]]:
         """Calls the unit on every task; yields its name and result, as they are done.
 
         Who watches is told of the stage `title`, and of each task that is done. The longest are
-        begun first, unless `in_order`. With one worker, and none of them longer than two seconds,
-        or little to do in all, it happens in this process, one after the other; else in processes
-        from a fork server that has torch loaded. `unit`, arguments and results must be picklable.
+        begun first. With one worker, and none of them longer than two seconds, or little to do in
+        all, it happens in this process, one after the other; else in processes from a fork server
+        that has torch loaded. `unit`, arguments and results must be picklable.
         An exception of the unit ends the run and is raised here; a worker that dies is replaced
         once.
         """
-        queue = [*tasks] if in_order else sorted(tasks, key=lambda task: -task.seconds)
+        queue = sorted(tasks, key=lambda task: -task.seconds)
         total = sum(task.seconds for task in queue)
         longest = max((task.seconds for task in queue), default=0.0)
         little = total < (SHARED_SECONDS if self.alive or _AHEAD else WORTH_SECONDS)

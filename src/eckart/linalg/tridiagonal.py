@@ -5,6 +5,7 @@ Knows tensors only.
 
 from contextlib import AbstractContextManager
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,5 @@ def _lapack(name: str) -> Any:
 
 @cache
 def _blas() -> ThreadpoolController:
-    import scipy.linalg  # pyright: ignore[reportUnusedImport] # noqa: F401 its BLAS is to be found
-
+    import_module("scipy.linalg")  # the controller finds only libraries that are loaded
     return ThreadpoolController()
